@@ -1,0 +1,273 @@
+"""Teacher and student meet: what is compared, and the weighted sum of it.
+
+images -> Teacher(images) -> targets: {tap: tensor}, no gradient
+images -> Distiller(images, targets): student forward -> views -> adapters -> losses -> weighted sum
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Size, Tensor, nn
+
+from .adapters import find_layout, view_as
+from .taps import Taps
+from .terms import Term, check_terms
+
+
+class Panel(nn.ModuleDict):
+    """Several teachers as one. The taps of each begin with its name; the bare name is what that teacher answers."""
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        return {name: member(images) for name, member in self.items()}
+
+
+class Teacher(nn.Module):
+    """A frozen model, or a ``Panel`` of them, that tells what its taps saw: ``images -> {tap: tensor}``.
+
+    Always in eval mode, without gradients, never in a checkpoint, not one bit of it changes. A model whose answer no
+    live term reads stops after its last live tap; a member of a panel that no live term reads is not run.
+
+    Args:
+        model: frozen in place (``eval()``, ``requires_grad_(False)``).
+        terms: those given to the ``Distiller`` too.
+        prepare: turns the student's images into the teacher's, e.g. ``Renormalize``; for a panel, by member name.
+        dtype: precision of its forward pass (autocast), e.g. ``torch.bfloat16``; by default whatever is around it.
+        channels_last: memory layout of its weights and images.
+
+    Raises:
+        ValueError: a tap that the model does not have; a term that reads ``"@output"`` of a panel.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        terms: Sequence[Term],
+        *,
+        prepare: nn.Module | Mapping[str, nn.Module] | None = None,
+        dtype: torch.dtype | None = None,
+        channels_last: bool = False,
+    ) -> None:
+        super().__init__()
+        self.model = model.eval().requires_grad_(False)
+        self.terms = check_terms(terms)
+        self.dtype = dtype
+        self.memory_format = torch.channels_last if channels_last else torch.preserve_format
+        self.model.to(memory_format=self.memory_format)
+        self.members: dict[str, nn.Module] = dict(model.items()) if isinstance(model, Panel) else {"": model}
+        given = {} if prepare is None else {"": prepare} if isinstance(prepare, nn.Module) else dict(prepare)
+        if unknown := set(given) - set(self.members):
+            raise ValueError(f"prepare= names {sorted(unknown)}, the teacher has {sorted(self.members)}")
+        self.prepare = nn.ModuleDict({name or "@": module.eval() for name, module in given.items()})
+        self.taps = {name: Taps(member, self._inside(name)) for name, member in self.members.items()}
+        self._listen(self.terms)
+
+    def _split(self, tap: str) -> tuple[str, str]:
+        """(member, tap inside it) that a teacher tap means."""
+        if not isinstance(self.model, Panel):
+            return "", tap
+        member, _, inside = tap.partition(".")
+        if member not in self.members:
+            raise ValueError(
+                f"teacher tap {tap!r}: the panel has {', '.join(self.members)}; a tap begins with one of them"
+            )
+        return member, inside or "@output"
+
+    def _read(self, member: str, terms: Sequence[Term]) -> dict[str, str]:
+        """{tap inside the member: its name among the targets} that ``terms`` read."""
+        taps = dict.fromkeys(tap for term in terms for tap in term.teacher_taps)
+        return {inside: tap for tap in taps for owner, inside in [self._split(tap)] if owner == member}
+
+    def _listen(self, terms: Sequence[Term]) -> None:
+        self._live = {name: self._read(name, terms) for name in self.members}
+        for name, live in self._live.items():
+            self.taps[name].live = tuple(tap for tap in live if tap != "@output")
+
+    def _inside(self, member: str) -> list[str]:
+        return [tap for tap in self._read(member, self.terms) if tap != "@output"]
+
+    def set_epoch(self, epoch: float, epochs: int) -> None:
+        """Listens from now on only to what the terms read that are on at ``epoch`` of ``epochs``."""
+        self._listen([term for term in self.terms if term.weight_at(epoch, epochs) > 0])
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        targets: dict[str, Tensor] = {}
+        precision = nullcontext() if self.dtype is None else torch.autocast(images.device.type, self.dtype)
+        with precision:
+            for name, live in self._live.items():
+                if live:
+                    targets |= self._ask(name, live, images)
+        return targets
+
+    def _ask(self, name: str, live: Mapping[str, str], images: Tensor) -> dict[str, Tensor]:
+        if (name or "@") in self.prepare:
+            images = self.prepare[name or "@"](images)
+        with self.taps[name](stop_early="@output" not in live) as seen:
+            answer = self.members[name](images.contiguous(memory_format=self.memory_format))
+        if "@output" in live:
+            seen["@output"] = _logits(answer, f"teacher {name}".strip())
+        return {live[tap]: value for tap, value in seen.items()}
+
+    def train(self, mode: bool = True) -> Teacher:
+        return self  # a teacher stays in eval mode
+
+
+class Distilled(NamedTuple):
+    """What one step of a ``Distiller`` gives."""
+
+    loss: Tensor
+    """Weighted sum of the terms; call backward on it."""
+    logits: Tensor
+    """What the student answered."""
+    terms: dict[str, Tensor]
+    """Each live term before its weight, detached, for logs."""
+
+
+class Distiller(nn.Module):
+    """The student and all that is trained with it; ``(images, targets) -> Distilled``.
+
+    Everything that trains runs inside this one forward, so DDP, FSDP and ``torch.compile`` see it whole. The weights in
+    force are a buffer: a schedule moves them without a recompilation. A term of weight 0 is not computed; if it owns
+    trained modules, they get a gradient of zero, which DDP needs.
+
+    Args:
+        student: the model that learns.
+        terms: what it learns from; adapters and learnable losses in them must be sized (see ``fit``).
+
+    Raises:
+        ValueError: a tap that the student does not have; a term that still has to be fitted.
+    """
+
+    weights: Tensor
+
+    def __init__(self, student: nn.Module, terms: Sequence[Term]) -> None:
+        super().__init__()
+        self.student = student
+        self.terms = check_terms(terms)
+        for term in self.terms:
+            if term.adapter is not None and not term.adapters:
+                raise ValueError(f"term {term.name!r} asks for adapters that have no size yet; call kdlib.fit first")
+        losses = {term.name: term.loss for term in self.terms if isinstance(term.loss, nn.Module)}
+        self.losses = nn.ModuleDict(losses)
+        self.adapters = nn.ModuleDict(
+            {
+                term.name: nn.ModuleDict({_key(tap): m for tap, m in term.adapters.items()})
+                for term in self.terms
+                if term.adapters
+            }
+        )
+        taps = dict.fromkeys(tap for term in self.terms for tap in term.student_taps if tap != "@output")
+        self.taps = Taps(student, taps)
+        self.register_buffer("weights", torch.tensor([term.weight for term in self.terms]), persistent=False)
+        self._force(tuple(term.weight for term in self.terms))
+
+    def _force(self, weights: tuple[float, ...]) -> None:
+        self._in_force = weights
+        self._live = tuple(i for i, weight in enumerate(weights) if weight > 0)
+        taps = dict.fromkeys(tap for i in self._live for tap in self.terms[i].student_taps)
+        self.taps.live = tuple(tap for tap in taps if tap != "@output")
+
+    def set_epoch(self, epoch: float, epochs: int) -> None:
+        """Puts the weights of ``epoch`` (fractions allowed) of a run of ``epochs`` in force."""
+        self.set_weights({term.name: term.weight_at(epoch, epochs) for term in self.terms})
+        for loss in self.losses.values():
+            if callable(follow := getattr(loss, "set_epoch", None)):
+                follow(epoch, epochs)
+
+    def set_weights(self, weights: Mapping[str, float]) -> None:
+        """Puts weights by hand in force, by term name; terms that are not named keep theirs."""
+        names = [term.name for term in self.terms]
+        if unknown := set(weights) - set(names):
+            raise ValueError(f"no term {sorted(unknown)[0]!r}; the terms are {', '.join(names)}")
+        new = tuple(float(weights.get(name, old)) for name, old in self.weights_in_force().items())
+        if new != self._in_force:
+            self.weights.copy_(torch.tensor(new, dtype=self.weights.dtype), non_blocking=True)
+            self._force(new)
+
+    def weights_in_force(self) -> dict[str, float]:
+        """Term name to weight, without asking the device."""
+        return dict(zip((term.name for term in self.terms), self._in_force, strict=True))
+
+    def forward(self, images: Tensor, targets: Mapping[str, Tensor]) -> Distilled:
+        _check_targets([self.terms[i] for i in self._live], targets)
+        with self.taps() as seen:
+            logits = _logits(self.student(images), "student")
+        seen["@output"] = logits
+        total, values = logits.new_zeros((), dtype=torch.float32), {}
+        for i in self._live:
+            term = self.terms[i]
+            value = self._value(term, seen, targets, images.shape)
+            total = total + self.weights[i] * value
+            values[term.name] = value.detach()
+        return Distilled(total + self._idle(), logits, values)
+
+    def _idle(self) -> Tensor | float:
+        """Zero, with a gradient path to the trained parts of terms that are off, so that no rank waits for them."""
+        off = [term.name for i, term in enumerate(self.terms) if i not in self._live]
+        modules = [held[name] for held in (self.adapters, self.losses) for name in off if name in held]
+        parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+        return sum((p.sum() for p in parameters), start=0.0) * 0.0 if parameters else 0.0
+
+    def _value(self, term: Term, seen: Mapping[str, Tensor], targets: Mapping[str, Tensor], images: Size) -> Tensor:
+        mine = [self._mine(term, tap, seen, images) for tap in term.student_taps]
+        extras = [targets[f"@{need}"] for need in term.against if need != "teacher"]
+        if "teacher" in term.against:
+            theirs = [read(term, 1, targets[pair.teacher], images) for pair in term.pairs]
+            inputs: list[tuple[Any, ...]] = [(s, t, *extras) for s, t in zip(mine, theirs, strict=True)]
+            if term.lists:
+                return term.loss(mine, theirs, *extras)
+        else:
+            inputs = [(s, *extras) for s in mine]
+        values = [term.loss(*given) for given in inputs]
+        if len(values) == 1:
+            return values[0]
+        return torch.stack(values).mean() if term.reduce == "mean" else torch.stack(values).sum()
+
+    def _mine(self, term: Term, tap: str, seen: Mapping[str, Tensor], images: Size) -> Tensor:
+        x = read(term, 0, seen[tap], images)
+        if tap in term.adapters:
+            x = self.adapters[term.name][_key(tap)](x)  # type: ignore[index]
+        if torch.is_grad_enabled() and not x.requires_grad:
+            raise RuntimeError(
+                f"term {term.name!r} trains nothing: student tap {tap!r} carries no gradient (frozen layers, or "
+                "reentrant activation checkpointing)"
+            )
+        return x
+
+
+def read(term: Term, side: int, x: Tensor, images: Size) -> Tensor:
+    """A tapped tensor as the term's view; ``side`` is 0 for the student's, 1 for the teacher's."""
+    if term.view == "raw":
+        return x
+    assert term.view is not None
+    try:
+        return view_as(x, term.view, term.layouts()[side] or find_layout(x.shape, images), images)
+    except ValueError as error:
+        raise ValueError(f"term {term.name!r}, {('student', 'teacher')[side]}: {error}") from None
+
+
+def _check_targets(live: Sequence[Term], targets: Mapping[str, Tensor]) -> None:
+    for term in live:
+        if lacking := [key for key in term.targets if key not in targets]:
+            raise ValueError(
+                f"term {term.name!r} reads {lacking[0]!r}, which the targets lack (they hold "
+                f"{', '.join(targets) or 'nothing'}); "
+                "give Teacher and Distiller the same terms, and add '@labels' where a loss needs labels"
+            )
+
+
+def _logits(answer: object, whose: str) -> Tensor:
+    if not isinstance(answer, Tensor):
+        raise RuntimeError(
+            f"the {whose} answers with {type(answer).__name__}, not one tensor; wrap it so that it returns logits"
+        )
+    return answer
+
+
+def _key(tap: str) -> str:
+    """A tap as a name that a module may have."""
+    return tap.replace(".", "/")

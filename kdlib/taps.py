@@ -1,0 +1,118 @@
+"""Listen to tensors inside a model, by name.
+
+A *tap* names one tensor of a forward pass:
+
+    "stages.0.blocks.1.token_mixer"         what that submodule returns
+    "stages.0.blocks.1.token_mixer:input"   what it is given (its first argument)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+from functools import partial
+from types import TracebackType
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+
+class EarlyStop(Exception):
+    """Ends a forward pass whose taps have all fired; ``Taps`` catches it."""
+
+
+class Taps:
+    """Hooks on ``names`` of ``model``. As a context it gives a dict that one forward pass fills.
+
+    Outside the context the hooks do nothing, so activation checkpointing, which runs a forward again during backward,
+    leaves what was captured alone. Hooks are bound partials: a deepcopy of the model gets silent hooks of its own, and
+    pickle works. Register (construct) first, compile afterwards: a compiled model ignores hooks that come later.
+
+    Args:
+        model: where the submodules are looked up.
+        names: taps, see the module's docstring. Duplicates are one.
+
+    Raises:
+        ValueError: a name is no submodule (the nearest names are given).
+        RuntimeError: on leaving the context, a tap never fired or its tensor was changed in place since; inside it, a
+            tap fired twice or gave something that is no tensor.
+    """
+
+    def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
+        self.names = tuple(dict.fromkeys(names))
+        self.live = self.names
+        """The taps that listen; a subset of ``names``."""
+        self._sink: dict[str, Tensor] | None = None
+        self._versions: dict[str, int] = {}
+        self._stop_early = False
+        modules = dict(model.named_modules())
+        for name in self.names:
+            _check(name, modules, type(model).__name__)
+        self._handles = [self._listen(modules[name.partition(":")[0]], name) for name in self.names]
+
+    def __call__(self, stop_early: bool = False) -> Taps:
+        """Arms the next context so that the forward pass ends once every live tap has fired (not when compiled: there
+        the compiler removes what is not used)."""
+        self._stop_early = stop_early
+        return self
+
+    def _listen(self, module: nn.Module, name: str) -> RemovableHandle:
+        if name.endswith(":input"):
+            return module.register_forward_pre_hook(partial(self._store_input, name))
+        return module.register_forward_hook(partial(self._store_output, name))
+
+    def _store_input(self, name: str, module: nn.Module, args: tuple[object, ...]) -> None:
+        self._store(name, args[0] if args else None)
+
+    def _store_output(self, name: str, module: nn.Module, args: tuple[object, ...], output: object) -> None:
+        self._store(name, output)
+
+    def _store(self, name: str, value: object) -> None:
+        if self._sink is None or name not in self.live:
+            return
+        if not isinstance(value, Tensor):
+            raise RuntimeError(f"tap {name!r} gave {type(value).__name__}, not a tensor; tap a submodule of it instead")
+        if name in self._sink:
+            raise RuntimeError(f"tap {name!r} fired twice in one forward (a shared module?); tap its parent instead")
+        self._sink[name] = value
+        if not torch.compiler.is_compiling():
+            self._versions[name] = value._version
+            if self._stop_early and len(self._sink) == len(self.live):
+                raise EarlyStop
+
+    def __enter__(self) -> dict[str, Tensor]:
+        self._sink, self._versions = {}, {}
+        return self._sink
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        sink, self._sink, self._stop_early = self._sink or {}, None, False
+        if kind is not None:
+            return kind is EarlyStop
+        if silent := [name for name in self.live if name not in sink]:
+            raise RuntimeError(
+                f"taps never fired in this forward: {silent}; the model did not call these modules, or it was compiled "
+                "before the taps were set (set taps first, compile afterwards)"
+            )
+        if stale := [name for name, version in self._versions.items() if sink[name]._version != version]:
+            raise RuntimeError(
+                f"tensors were changed in place after their tap: {stale}; tap the module that changes them (often an "
+                "in-place activation), or build the model with inplace=False"
+            )
+        return False
+
+    def remove(self) -> None:
+        """Takes the hooks off the model."""
+        for handle in self._handles:
+            handle.remove()
+
+
+def _check(name: str, modules: dict[str, nn.Module], model: str) -> None:
+    path, _, side = name.partition(":")
+    if side not in ("", "input"):
+        raise ValueError(f"no tap {name!r}: after the colon only 'input' may stand, got {side!r}")
+    if path not in modules or not path:
+        near = get_close_matches(path, modules, n=3, cutoff=0.4)
+        raise ValueError(f"no tap {name!r} in {model}; did you mean {' or '.join(map(repr, near)) or 'a submodule'}?")

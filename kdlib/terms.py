@@ -1,0 +1,101 @@
+"""A term: one named summand of the objective, and which tensors it reads."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor, nn
+
+from .adapters import Adapter
+from .pairing import Pair
+from .schedules import ALWAYS, Schedule
+
+
+@dataclass(frozen=True)
+class Term:
+    """``weight · schedule(epoch) · reduce over pairs of loss(student tap, teacher tap)``.
+
+    Raises:
+        ValueError: a name that is no plain word, no pairs, an unknown ``reduce``, a negative weight.
+    """
+
+    name: str
+    """Its key in logs, YAML and checkpoints: letters, digits, ``_`` and ``-``."""
+    loss: Callable[..., Tensor]
+    """A loss of ``kdlib.losses``, any module, or a bare function of ``(student, teacher)``."""
+    weight: float = 1.0
+    schedule: Schedule = ALWAYS
+    """Factor on the weight over training; a term whose factor is 0 is not computed."""
+    pairs: Sequence[Pair] = ()
+    """By default the answers of both models, or the student's answer and the labels for a loss against labels only."""
+    view: str | None = None
+    """How the tensors are read; by default what the loss declares, or raw for a loss that declares nothing."""
+    layout: str | tuple[str | None, str | None] | None = None
+    """Of both features, or (student, teacher), where shapes do not tell: ``"NCHW"`` or ``("NHWC", "NLC+1")``."""
+    adapter: Adapter | None = None
+    """``"linear"`` or a function of the two shapes; ``fit`` builds one per pair whose shapes differ."""
+    adapters: Mapping[str, nn.Module] = field(default_factory=dict)
+    """By student tap: what ``fit`` built, or modules of your own."""
+    reduce: Literal["mean", "sum"] = "mean"
+    """Over pairs."""
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z_][\w-]*", self.name):
+            raise ValueError(f"a term's name is a plain word (letters, digits, _ and -), got {self.name!r}")
+        if self.reduce not in ("mean", "sum"):
+            raise ValueError(f"term {self.name!r}: reduce is 'mean' or 'sum' over pairs, got {self.reduce!r}")
+        if not 0 <= self.weight < float("inf"):
+            raise ValueError(f"term {self.name!r}: weight must be a finite number from 0 up, got {self.weight}")
+        if not self.pairs:
+            teacher = "@labels" if self.against == ("labels",) else "@output"
+            object.__setattr__(self, "pairs", (Pair("@output", teacher),))
+        object.__setattr__(self, "pairs", tuple(Pair(*pair) for pair in self.pairs))
+        object.__setattr__(self, "view", self.view or getattr(self.loss, "view", "raw"))
+
+    @property
+    def against(self) -> tuple[str, ...]:
+        """What the loss takes after the student's tensor: ``"teacher"``, ``"labels"``, …"""
+        return getattr(self.loss, "against", ("teacher",))
+
+    @property
+    def lists(self) -> bool:
+        """Whether the loss reads all pairs at once, as lists from shallow to deep."""
+        return getattr(self.loss, "lists", False)
+
+    @property
+    def student_taps(self) -> tuple[str, ...]:
+        return tuple(pair.student for pair in self.pairs)
+
+    @property
+    def teacher_taps(self) -> tuple[str, ...]:
+        """What it reads of the teacher; empty for a loss against labels only."""
+        return tuple(pair.teacher for pair in self.pairs if not pair.teacher.startswith("@labels"))
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The keys that it reads from the targets, extras such as ``"@labels"`` included."""
+        return self.teacher_taps + tuple(f"@{need}" for need in self.against if need != "teacher")
+
+    def layouts(self) -> tuple[str | None, str | None]:
+        """The stated layouts of student and teacher."""
+        return self.layout if isinstance(self.layout, tuple) else (self.layout, self.layout)
+
+    def weight_at(self, epoch: float, epochs: int) -> float:
+        return self.weight * self.schedule(epoch, epochs)
+
+
+def check_terms(terms: Sequence[Term]) -> tuple[Term, ...]:
+    """The terms as a tuple.
+
+    Raises:
+        ValueError: there are none, or two share a name.
+    """
+    names = [term.name for term in terms]
+    if not names:
+        raise ValueError("there are no terms; give at least one, e.g. Term('soft', SoftTarget(4.0))")
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"two terms share the name {sorted(twice)[0]!r}; a name is a log key and must be unique")
+    return tuple(terms)
