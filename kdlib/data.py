@@ -1,0 +1,218 @@
+"""From the name of a data set to two loaders, one to train on and one to test on."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kdlib.augment import ARRAYS_ONLY, FILES_ONLY, Augment, BatchAugment, eval_transform, train_transform
+from kdlib.fashion import FASHION_MEAN, FASHION_STD, Arrays, embedded, fashion_mnist
+from kdlib.loaders import ArrayLoader, FileLoader, Loader, Normalise
+from kdlib.samplers import EpochBatches
+from kdlib.sources import STREAMS, TIMM, Files, Spread, image_folder, timm_dataset
+
+__all__ = ["Augment", "Data", "Loader", "load"]
+
+NAMES = ("fashion-mnist-5k", "fashion-mnist", "folder")
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+PLAIN = Augment()
+CROP_PCT, INTERPOLATION, SPLITS = 0.875, "bicubic", ("train", "validation")
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set ready for training: what a model must know about it, and its two loaders."""
+
+    name: str
+    classes: tuple[str, ...]
+    """Names in label order; for image folders, the folders' lexicographic order."""
+    mean: tuple[float, ...]
+    """What was subtracted from each channel, on a scale where white is 1."""
+    std: tuple[float, ...]
+    """By what each channel was then divided."""
+    channels: int
+    image_size: int
+    train: Loader
+    test: Loader
+
+
+def load(
+    name: str = "fashion-mnist-5k",
+    *,
+    root: str | Path | None = None,
+    image_size: int | None = None,
+    batch_size: int = 128,
+    eval_batch_size: int = 500,
+    workers: int = 2,
+    augment: Augment = PLAIN,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    rank: int = 0,
+    world_size: int = 1,
+    limit: int | None = None,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+    crop_pct: float = CROP_PCT,
+    interpolation: str = INTERPOLATION,
+    splits: tuple[str, str] = SPLITS,
+) -> Data:
+    """Opens a data set and checks it.
+
+    Args:
+        name: `fashion-mnist-5k`, the first 5,000 training and 4,000 test images, inside the package; `fashion-mnist`,
+            all 70,000, from `root`, a Debian package or a download; `folder`, images in `root/train/<class>/…` and
+            `root/val/<class>/…`, ImageNet for one; or what timm reads: `torch/cifar100`, `hfds/<owner>/<set>`.
+        root: the folder of the data.
+        image_size: side of the square images in pixels; the data set's own if it has one, else 224.
+        batch_size: images per training batch and process. The last, incomplete global batch of an epoch is dropped.
+        eval_batch_size: images per test batch and process. Each test image comes once over all ranks, so the number of
+            batches may differ by one between ranks: gather sums at the end, not in each batch.
+        workers: processes that read image files; sets in memory need none.
+        augment: what is done to training images.
+        seed: of the order and the augmentation.
+        device: where batches arrive; sets in memory live there.
+        rank, world_size: which part of each global batch is this process's.
+        limit: train on so many images: the first, or of files, which are sorted by class, evenly spread ones.
+        mean, std: of each channel (white is 1); else Fashion-MNIST's, measured (other sets in memory) or ImageNet's.
+        crop_pct: test images from files are resized so that a centre crop keeps this share of the shorter side.
+        interpolation: with which image files are resized: nearest, bilinear, bicubic, or lanczos.
+        splits: names of the training and test split, where timm reads them.
+
+    Raises:
+        ValueError: an argument, file or folder that is not as expected, with what to do about it.
+        FileNotFoundError: a missing file or folder.
+    """
+    device = torch.device(device)
+    _check(batch_size, eval_batch_size, workers, rank, world_size, image_size, limit, crop_pct, interpolation)
+    if augment.mixes and batch_size % 2:
+        raise ValueError(f"batch_size: got {batch_size}, but mixup and cutmix pair images; use an even number")
+    train, test = _open(name, None if root is None else Path(root).expanduser(), splits)
+    in_memory = isinstance(train, Arrays)
+    unused = [f"augment.{field}" for field in augment.changed(*(FILES_ONLY if in_memory else ARRAYS_ONLY))]
+    unused += ["crop_pct"] * (in_memory and crop_pct != CROP_PCT)
+    unused += ["interpolation"] * (in_memory and interpolation != INTERPOLATION)
+    unused += ["splits"] * (tuple(splits) != SPLITS and not name.startswith(TIMM))
+    if unused:
+        kind = "images in memory" if in_memory else "image files"
+        raise ValueError(f"{unused[0]}: has no effect on {name!r} ({kind}); leave it at its default")
+
+    mean, std = _statistics(name, train, mean, std)
+    if limit is not None:
+        if limit > len(train):
+            raise ValueError(
+                f"limit: got {limit}, but {name!r} has {len(train)} training images; lower it or leave it out"
+            )
+        train = _first(train, limit)
+    if len(train) < batch_size * world_size:
+        raise ValueError(
+            f"batch_size: {batch_size} on {world_size} processes makes {batch_size * world_size} images a step, "
+            f"but {name!r} trains on {len(train)}; use a smaller batch"
+        )
+    if image_size is None:
+        image_size = train.images.shape[-1] if isinstance(train, Arrays) else 224
+
+    normalise = Normalise(mean, std, device, image_size)
+    part: dict[str, Any] = {"seed": seed, "rank": rank, "world_size": world_size}
+    batches = EpochBatches(len(train), batch_size, train=True, **part)
+    eval_batches = EpochBatches(len(test), eval_batch_size, train=False, **part)
+    finish = BatchAugment(augment, len(train.classes), seed=seed, rank=rank, device=device)
+    loaders: tuple[Loader, Loader]
+    if isinstance(train, Arrays) and isinstance(test, Arrays):
+        loaders = (
+            ArrayLoader(train, batches, normalise, device=device, mean=mean, augment=augment, finish=finish),
+            ArrayLoader(test, eval_batches, normalise, device=device, mean=mean),
+        )
+    else:
+        assert not isinstance(train, Arrays) and not isinstance(test, Arrays)
+        transform = train_transform(augment, image_size, mean, interpolation)
+        plain = eval_transform(image_size, crop_pct, interpolation)
+        places: dict[str, Any] = {"device": device, "workers": workers}
+        loaders = (
+            FileLoader(train, batches, normalise, transform, finish=finish, **places),
+            FileLoader(test, eval_batches, normalise, plain, **places),
+        )
+    return Data(name, train.classes, mean, std, len(mean), image_size, *loaders)
+
+
+def _open(name: str, root: Path | None, splits: tuple[str, str]) -> tuple[Arrays, Arrays] | tuple[Files, Files]:
+    if name == "fashion-mnist-5k":
+        if root is not None:
+            raise ValueError(
+                f"root: got {root}, but 'fashion-mnist-5k' is in the package; use name='fashion-mnist' or no root"
+            )
+        return embedded()
+    if name == "fashion-mnist":
+        return fashion_mnist(root)
+    if name == "folder":
+        return image_folder(root)
+    if name.startswith((*TIMM, *STREAMS)):
+        return timm_dataset(name, root, splits)
+    near = difflib.get_close_matches(name, NAMES, n=2, cutoff=0.5)
+    hint = f"did you mean {' or '.join(repr(word) for word in near)}? " if near else ""
+    if os.path.isdir(name):
+        hint = f"for the images in that folder write name='folder', root={name!r}; "
+    known = ", ".join((*NAMES, "torch/<set>", "hfds/<owner>/<set>"))
+    raise ValueError(f"unknown data set {name!r}; {hint}known: {known}")
+
+
+def _statistics(
+    name: str, train: Arrays | Files, mean: tuple[float, ...] | None, std: tuple[float, ...] | None
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    if (mean is None) != (std is None):
+        raise ValueError(f"{'mean' if std is None else 'std'}: given alone; give both mean and std, or neither")
+    channels = train.images.shape[1] if isinstance(train, Arrays) else 3
+    if mean is not None and std is not None:
+        if len(mean) != channels or len(std) != channels or min(std) <= 0:
+            raise ValueError(f"mean, std: got {mean}, {std}; {name!r} needs {channels} of each, and std above 0")
+        return tuple(mean), tuple(std)
+    if name.startswith("fashion-mnist"):
+        return FASHION_MEAN, FASHION_STD
+    if not isinstance(train, Arrays):
+        return IMAGENET_MEAN, IMAGENET_STD
+    # a histogram: exact, and no float copy of the set
+    value = torch.arange(256, dtype=torch.float64) / 255
+    counts = [torch.bincount(train.images[:, c].flatten().int(), minlength=256).double() for c in range(channels)]
+    shares = [count / count.sum() for count in counts]
+    means = [float((share * value).sum()) for share in shares]
+    deviations = [float((share * (value - m) ** 2).sum().sqrt()) for share, m in zip(shares, means, strict=True)]
+    return tuple(means), tuple(max(deviation, 1e-6) for deviation in deviations)
+
+
+def _first(train: Arrays | Files, limit: int) -> Arrays | Files:
+    if isinstance(train, Arrays):
+        return replace(train, images=train.images[:limit], labels=train.labels[:limit])
+    return Spread(train, limit)
+
+
+def _check(
+    batch_size: int,
+    eval_batch_size: int,
+    workers: int,
+    rank: int,
+    world_size: int,
+    image_size: int | None,
+    limit: int | None,
+    crop_pct: float,
+    interpolation: str,
+) -> None:
+    least = {"batch_size": (batch_size, 1), "eval_batch_size": (eval_batch_size, 1), "workers": (workers, 0)}
+    least |= {
+        "world_size": (world_size, 1),
+        "image_size": (1 if image_size is None else image_size, 1),
+        "limit": (1 if limit is None else limit, 1),
+    }
+    for key, (value, low) in least.items():
+        if value < low:
+            raise ValueError(f"{key}: got {value}, expected at least {low}")
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank: got {rank}, expected 0 to {world_size - 1} (world_size {world_size})")
+    if not 0 < crop_pct <= 1:
+        raise ValueError(f"crop_pct: got {crop_pct}, expected a share above 0 and at most 1")
+    if interpolation not in INTERPOLATIONS:
+        raise ValueError(f"interpolation: got {interpolation!r}, expected one of {', '.join(INTERPOLATIONS)}")
