@@ -1,0 +1,101 @@
+"""Strict building blocks of a schema, and schemas that are read off signatures.
+
+Arguments of losses, of the data set and of its augmentation are not listed anywhere: a default lives in code, once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt, create_model
+
+from .. import data
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("Input should be a number, not a boolean")
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
+Positive = Annotated[float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=False)]
+Share = Annotated[float, BeforeValidator(_number), Field(ge=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(gt=0, strict=True)]
+Natural = Annotated[int, Field(ge=0, strict=True)]
+
+
+def _moment(value: Any) -> Any:
+    if not isinstance(value, bool) and isinstance(value, int) and value >= 0:
+        return value
+    if isinstance(value, float) and 0 <= value <= 1:
+        return value
+    raise ValueError("Input should be an epoch (an int from 0) or a fraction of the run (a float from 0.0 to 1.0)")
+
+
+Moment = Annotated[int | float, BeforeValidator(_moment)]
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Named(BaseModel):
+    """A name and arguments that depend on it."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
+
+    name: str
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+@cache
+def signature_model(target: Any) -> type[BaseModel]:
+    """A strict schema of a function's or a class's plain arguments; those that YAML cannot write are left out."""
+    inner = target.__init__ if inspect.isclass(target) else target
+    hints = get_type_hints(inner, include_extras=True)
+    fields: dict[str, Any] = {}
+    for name, parameter in inspect.signature(target).parameters.items():
+        annotation = _strict(hints.get(name, Any))
+        if (
+            annotation is not None
+            and name not in NOT_IN_CONFIGS.get(target, ())
+            and parameter.kind is not parameter.VAR_KEYWORD
+        ):
+            fields[name] = (annotation, ... if parameter.default is parameter.empty else parameter.default)
+    title = target.__name__
+    return create_model(title, __base__=Strict, __doc__=(inspect.getdoc(target) or "").split("\n")[0], **fields)
+
+
+NOT_IN_CONFIGS: dict[Callable[..., Any], tuple[str, ...]] = {data.load: ("seed", "device", "rank", "world_size")}
+"""Arguments that the run itself gives."""
+
+
+def _strict(annotation: Any) -> Any:
+    """An annotation with strict ints, booleans and finite floats; None where YAML has no such value."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if annotation in (str, type(None), Any, Path) or origin is Literal:
+        return annotation
+    if annotation in PLAIN:
+        return PLAIN[annotation]
+    if dataclasses.is_dataclass(annotation):
+        return signature_model(annotation)  # type: ignore[arg-type]
+    if origin in (Union, UnionType):
+        kept = [inner for inner in map(_strict, arguments) if inner is not None]
+        return Union[tuple(kept)] if kept and kept != [type(None)] else None  # noqa: UP007
+    if origin in (tuple, list, Sequence):
+        inner = tuple(a if a is Ellipsis else _strict(a) for a in arguments)
+        return None if None in inner else tuple[inner] if origin is tuple else list[inner]  # type: ignore[valid-type]
+    return None
+
+
+PLAIN: dict[Any, Any] = {int: StrictInt, bool: StrictBool, float: Number}

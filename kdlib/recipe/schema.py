@@ -1,0 +1,119 @@
+"""The keys of a recipe, their types, ranges and defaults."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, StrictBool
+
+from .fields import Count, Moment, Named, Natural, Number, Positive, Share, Strict
+
+
+class Loss(Named):
+    """``name`` is a key of ``kdlib.losses.LOSSES``; the rest are its arguments."""
+
+
+class Student(Named):
+    """``name`` is a timm model or one that the recipe registered; unlisted keys are arguments of the model."""
+
+    weights: Path | None = None
+    """File to start from: safetensors, or what torch.load(weights_only=True) reads."""
+    init: str | None = None
+    """Name of a teacher whose weights the student starts from, tensor by tensor where name and shape agree."""
+
+
+class Teacher(Named):
+    """Like the student's, and where its weights come from."""
+
+    weights: Path | None = None
+    """File of trained weights. Without it and without ``pretrained: true`` the teacher is trained first."""
+    recipe: dict[str, Any] | None = None
+    """The recipe that trains it, over this one's data and seed; ``{base: teacher.yaml}`` names a file."""
+    mean: tuple[Number, ...] | None = None
+    """Normalisation that it expects; by default its own where weights were given, else the data's."""
+    std: tuple[Number, ...] | None = None
+    size: Count | None = None
+    """Side in pixels of the square images that it expects, where it differs from the data's."""
+
+
+class Slope(Strict):
+    """A factor that moves from ``first`` to ``last``."""
+
+    first: Share = 1.0
+    last: Share = 0.0
+    shape: Literal["linear", "cosine"] = "linear"
+
+
+class Term(Strict):
+    """One summand of the objective."""
+
+    loss: Loss
+    weight: Share = 1.0
+    student: str | None = None
+    """Tap of the student, or a pattern of taps; by default its answer."""
+    teacher: str | None = None
+    """``name``, ``name.tap`` or ``name.pattern`` of a teacher; ``"@labels"`` for the labels."""
+    start: Moment = 0
+    """When it begins: an int is an epoch, a float a fraction of the run."""
+    until: Moment = 1.0
+    """When it ends (excluded)."""
+    slope: Slope | None = None
+    """Moves the weight between ``start`` and ``until``; constant by default."""
+    view: Literal["logits", "embedding", "tokens", "map", "raw"] | None = None
+    layout: str | tuple[str, str] | None = None
+    adapter: Literal["linear"] | None = None
+    reduce: Literal["mean", "sum"] = "mean"
+
+
+class Optimizer(Strict):
+    """timm's optimizers by name; norms and biases get no weight decay."""
+
+    name: str = "adamw"
+    lr: Positive = 1e-3
+    weight_decay: Share = 0.05
+    betas: tuple[Share, Share] | None = None
+    eps: Positive | None = None
+    momentum: Share | None = None
+    clip_grad: Positive | None = None
+    """Largest norm of the whole gradient."""
+
+
+class Schedule(Strict):
+    """Cosine learning rate per step, with warm-up before and cool-down (at ``min_lr``) within ``epochs``."""
+
+    warmup_epochs: Share = 0
+    warmup_lr: Share = 1e-6
+    min_lr: Share = 1e-5
+    cooldown_epochs: Share = 0
+
+
+class Recipe(Strict):
+    """A whole run: who learns, from whom, on what, for how long."""
+
+    student: Student
+    teachers: dict[str, Teacher] = Field(default_factory=dict)
+    terms: dict[str, Term]
+    data: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of ``kdlib.data.load``."""
+    epochs: Count = 10
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    baseline: dict[str, Any] | None = None
+    """Recipe of the same student to compare with, over this one's data, seed and epochs."""
+    accumulate: Count = 1
+    """Batches per optimizer step."""
+    precision: Literal["none", "bf16", "fp16"] = "none"
+    """Mixed precision of the student, and of teachers that name none."""
+    channels_last: StrictBool = False
+    compile: StrictBool = False
+    """torch.compile of teacher and distiller, each as one graph."""
+    threads: Natural = 0
+    """CPU threads; 0 takes all cores for one process, whatever the launcher set."""
+    seed: Natural = 0
+    log_every: Count = 50
+    """Steps between two lines of metrics.jsonl."""
+    eval_every: Count = 1
+    """Epochs between two evaluations; the last epoch is always evaluated."""
+    output: Path = Path("runs/run")
+    """Folder of the run; teachers and baselines that it trains lie beside it."""
