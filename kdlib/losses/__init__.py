@@ -8,22 +8,13 @@ from typing import TypeVar
 from torch import nn
 
 from .base import Loss, Sum, View
+from .correlation import DIST, BatchCorrelation, ClassCorrelation
+from .decoupled import DKD, NKD, OFA
 from .features import FeatureMSE
 from .logits import CrossEntropy, HardLabel, SoftTarget
+from .matching import TTM, WTTM, Binary
 from .relations import GramRelation
-
-__all__ = [
-    "LOSSES",
-    "CrossEntropy",
-    "FeatureMSE",
-    "GramRelation",
-    "HardLabel",
-    "Loss",
-    "SoftTarget",
-    "Sum",
-    "View",
-    "register",
-]
+from .wrappers import LearnableTemperature, Standardized, TopK
 
 AnyLoss = TypeVar("AnyLoss", bound=type[nn.Module])
 
@@ -44,5 +35,16 @@ def register(loss: AnyLoss, name: str | None = None) -> AnyLoss:
     return loss
 
 
-for _loss in (SoftTarget, HardLabel, CrossEntropy, FeatureMSE, GramRelation):
+for _loss in (
+    # between logits
+    *(SoftTarget, HardLabel, CrossEntropy, DKD, NKD, DIST, TTM, WTTM, OFA, ClassCorrelation, BatchCorrelation, Binary),
+    *(Standardized, LearnableTemperature, TopK),
+    # between features
+    *(FeatureMSE,),
+    # between relations
+    *(GramRelation,),
+):
     register(_loss)
+
+__all__ = ["LOSSES", "Loss", "Sum", "View", "register"]
+__all__ += [_loss.__name__ for _loss in LOSSES.values()]

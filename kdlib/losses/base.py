@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 View = Literal["logits", "embedding", "tokens", "map", "raw"]
-Need = Literal["teacher", "labels"]
-ORDER: tuple[Need, ...] = ("teacher", "labels")
+Need = Literal["teacher", "labels", "indices"]
+ORDER: tuple[Need, ...] = ("teacher", "labels", "indices")
 Compute = TypeVar("Compute", bound=Callable[..., Tensor])
 
 
@@ -25,7 +25,23 @@ class Loss(nn.Module):
     view: ClassVar[View] = "logits"
     """Shape that it reads: logits ``(B, K)``, embedding ``(B, D)``, tokens ``(B, N, C)``, map ``(B, C, H, W)``, raw."""
     against: tuple[Need, ...] = ("teacher",)
-    """What ``forward`` takes after the student, in order: the teacher's tensor, the labels, or both."""
+    """What ``forward`` takes after the student, in order: the teacher's tensor, the labels, the dataset's indices."""
+    lists: ClassVar[bool] = False
+    """True: ``forward`` takes lists of tensors, shallow to deep, one for each pair of the term."""
+    soft_labels: ClassVar[bool] = False
+    """True: labels may be probabilities ``(B, K)``, as mixup gives them."""
+    wants_head: ClassVar[bool] = False
+    """True: ``fit`` must be given the teacher's classifier."""
+    floor: ClassVar[float | None] = 0.0
+    """The smallest value, reached where student and teacher agree; None: the docstring says what it is."""
+    follows_teacher = False
+    """True inside a wrapper that has detached the teacher already and learns something between it and this loss."""
+
+    def fit(self, student: Any, teacher: Any, head: nn.Module | None = None) -> None:
+        """Sizes what the loss learns from one example of its inputs. Call it before the optimizer is made."""
+
+    def set_epoch(self, epoch: float, epochs: int) -> None:
+        """Moves the schedule that the loss has of its own; ``epoch`` counts from 0 and may be fractional."""
 
     def __add__(self, other: nn.Module) -> Sum:
         return Sum([*_summands(self), *_summands(other)])
@@ -51,7 +67,7 @@ class Sum(Loss):
             ``(student, labels)`` or ``(student, teacher, labels)``; each part gets what it is ``against``.
 
     Raises:
-        ValueError: the parts read different views.
+        ValueError: the parts read different views, or only some of them take lists.
     """
 
     def __init__(self, parts: Sequence[tuple[float, nn.Module]]) -> None:
@@ -60,6 +76,15 @@ class Sum(Loss):
         if len(set(views.values())) > 1:
             raise ValueError(f"a sum needs losses of one view, got {views}; give each its own Term instead")
         self.view = next(iter(views.values()), "raw")  # type: ignore[misc]
+        takes_lists = {bool(getattr(loss, "lists", False)) for _, loss in parts}
+        if len(takes_lists) > 1:
+            raise ValueError(
+                f"a sum needs losses that all take lists or none, got {list(views)}; give each its own Term"
+            )
+        self.lists = takes_lists == {True}  # type: ignore[misc]
+        labelled = [loss for _, loss in parts if "labels" in getattr(loss, "against", ())]
+        self.soft_labels = all(getattr(loss, "soft_labels", False) for loss in labelled)  # type: ignore[misc]
+        self.wants_head = any(getattr(loss, "wants_head", False) for _, loss in parts)  # type: ignore[misc]
         needs = {need for _, loss in parts for need in getattr(loss, "against", ("teacher",))}
         self.against = tuple(need for need in ORDER if need in needs)
         self.weights = tuple(float(weight) for weight, _ in parts)
@@ -76,6 +101,16 @@ class Sum(Loss):
             for weight, loss in zip(self.weights, self.parts, strict=True)
         ]
         return torch.stack(values).sum()
+
+    def fit(self, student: Any, teacher: Any, head: nn.Module | None = None) -> None:
+        for loss in self.parts:
+            if hasattr(loss, "fit"):
+                loss.fit(student, teacher, head)
+
+    def set_epoch(self, epoch: float, epochs: int) -> None:
+        for loss in self.parts:
+            if hasattr(loss, "set_epoch"):
+                loss.set_epoch(epoch, epochs)
 
     def extra_repr(self) -> str:
         return f"weights={self.weights}"
@@ -100,7 +135,8 @@ def full_precision(forward: Compute) -> Compute:
     def wrapped(self: nn.Module, student: Any, *against: Any) -> Tensor:
         device = (student[0] if isinstance(student, list | tuple) else student).device.type
         with torch.autocast(device, enabled=False):
-            return forward(self, _lift(student), *(_lift(x, detach=True) for x in against))
+            detach = not getattr(self, "follows_teacher", False)
+            return forward(self, _lift(student), *(_lift(x, detach) for x in against))
 
     return wrapped  # type: ignore[return-value]
 
@@ -127,3 +163,26 @@ def check_positive(loss: nn.Module, **values: float) -> None:
     for name, value in values.items():
         if not 0 < value < float("inf"):
             raise ValueError(f"{type(loss).__name__}: {name} must be a positive number, got {value}")
+
+
+def check_labels(loss: nn.Module, student: Tensor, labels: Tensor) -> None:
+    """Raises ValueError unless labels are integers ``(B,)`` for logits ``(B, K)`` of at least two classes."""
+    name = type(loss).__name__
+    if labels.is_floating_point():
+        raise ValueError(
+            f"{name} needs integer labels (B,), got float {tuple(labels.shape)}: its definition singles out one target "
+            "class; switch mixup and cutmix off, or use SoftTarget, DIST or TTM, which need no labels"
+        )
+    if labels.shape != student.shape[:1]:
+        raise ValueError(f"{name} needs labels (B,) = ({len(student)},), got {tuple(labels.shape)}")
+    if student.shape[-1] < 2:
+        raise ValueError(f"{name} needs at least 2 classes, got {student.shape[-1]}")
+
+
+def check_choice(loss: nn.Module, **choices: tuple[object, tuple[object, ...]]) -> None:
+    """Raises ValueError for an argument outside its choices: ``check_choice(self, mask=(mask, ("channel", "spatial")))``."""
+    for name, (value, allowed) in choices.items():
+        if value not in allowed:
+            raise ValueError(
+                f"{type(loss).__name__}: {name} must be one of {', '.join(map(repr, allowed))}, got {value!r}"
+            )

@@ -62,6 +62,8 @@ class HardLabel(Loss):
     0.0
     """
 
+    floor = None
+
     def __init__(self, label_smoothing: float = 0.0) -> None:
         super().__init__()
         self.label_smoothing = _smoothing(self, label_smoothing)
@@ -94,6 +96,8 @@ class CrossEntropy(Loss):
     """
 
     against = ("labels",)
+    soft_labels = True
+    floor = None
 
     def __init__(self, label_smoothing: float = 0.0) -> None:
         super().__init__()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 
+from .algebra import gram_gap, unit
 from .base import Loss, full_precision
 
 
@@ -50,20 +50,9 @@ class GramRelation(Loss):
                 f"{tuple(teacher.shape)}; an adapter that resizes the grid, or another tap, brings them together"
             )
         if self.normalize:
-            student, teacher = F.normalize(student, dim=-1), F.normalize(teacher, dim=-1)
-        images, n, c_s, c_t = *student.shape, teacher.shape[-1]
-        channel_form = 5 * c_s * c_t if c_s == c_t else c_s * c_s + c_t * c_t + c_s * c_t
-        if n * (c_s + c_t) <= channel_form:
-            return F.mse_loss(student @ student.mT, teacher @ teacher.mT)
-        return _frobenius_by_channels(student, teacher) / (images * n * n)
+            student, teacher = unit(student), unit(teacher)
+        images, n, _ = student.shape
+        return gram_gap(student, teacher) / (images * n * n)
 
     def extra_repr(self) -> str:
         return f"normalize={self.normalize}"
-
-
-def _frobenius_by_channels(s: Tensor, t: Tensor) -> Tensor:
-    """``Σ ‖SSᵀ − TTᵀ‖²`` over the batch, without an ``N × N`` matrix."""
-    if s.shape == t.shape:
-        d = s - t
-        return ((s.mT @ s + t.mT @ t) * (d.mT @ d)).sum() + 2 * ((s.mT @ d) * (d.mT @ t)).sum()
-    return (s.mT @ s).square().sum() + (t.mT @ t).square().sum() - 2 * (s.mT @ t).square().sum()

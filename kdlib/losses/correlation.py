@@ -1,0 +1,133 @@
+"""Losses between class scores ``(B, K)`` through their correlations, across classes and across the batch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .algebra import gram_gap
+from .base import Loss, check_alike, check_positive, full_precision
+
+
+class DIST(Loss):
+    r"""``T² · (beta · (1 − mean_b ρ(s_b, t_b)) + gamma · (1 − mean_k ρ(s_k, t_k)))`` of softmax probabilities at ``T``.
+
+    ``ρ`` is Pearson's correlation, ``⟨a, b⟩ / (|a| |b| + 1e-8)`` of centred vectors: of a sample across its classes
+    (inter-class), and of a class across the batch (intra-class). The published code adds ``1e-8`` to the product, which
+    is felt where a class is improbable in the whole batch, so it is kept; its segmentation form has no ``T²``.
+
+    Shapes: student and teacher logits ``(B, K)``. Floor: 0, where the probabilities of the two correlate perfectly
+    (above it by what the 1e-8 takes away). No labels. With one sample there is nothing to correlate across the batch,
+    and the intra-class part is the constant ``gamma · T²``.
+
+    Args:
+        beta: weight of the inter-class part.
+        gamma: weight of the intra-class part.
+        temperature: ``T > 0``.
+
+    Raises:
+        ValueError: the temperature is not positive; the shapes differ.
+
+    Huang et al., Knowledge Distillation from A Stronger Teacher, 2022, section 3. arXiv:2205.10536
+
+    >>> logits = torch.tensor([[2.0, 0.0, -1.0], [0.0, 1.0, 3.0]])
+    >>> round(DIST()(logits, logits).item(), 5)
+    0.0
+    """
+
+    def __init__(self, beta: float = 1.0, gamma: float = 1.0, temperature: float = 1.0) -> None:
+        super().__init__()
+        check_positive(self, temperature=temperature)
+        self.beta, self.gamma, self.temperature = beta, gamma, temperature
+
+    @full_precision
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        check_alike(self, student, teacher, "B K")
+        p = (student / self.temperature).softmax(dim=-1)
+        q = (teacher / self.temperature).softmax(dim=-1)
+        inter = 1 - _pearson(p, q, dim=1).mean()
+        intra = 1 - _pearson(p, q, dim=0).mean()
+        return (self.beta * inter + self.gamma * intra) * self.temperature**2
+
+    def extra_repr(self) -> str:
+        return f"beta={self.beta}, gamma={self.gamma}, temperature={self.temperature}"
+
+
+class ClassCorrelation(Loss):
+    r"""``‖PᵀP − QᵀQ‖² / K``: how classes go together in a batch, in student and teacher probabilities at ``T``.
+
+    Sum over the ``K × K`` entries, divided by ``K``; no ``T²``. The class part of multi-level logit distillation, at
+    one temperature: add several for the published sum. Computed from ``B × B`` products where these are cheaper.
+
+    Shapes: student and teacher logits ``(B, K)``. Floor: 0. No labels.
+
+    Args:
+        temperature: ``T > 0``.
+
+    Raises:
+        ValueError: the temperature is not positive; the shapes differ.
+
+    Jin et al., Multi-Level Logit Distillation, CVPR 2023 (no arXiv version).
+
+    >>> logits = torch.tensor([[2.0, 0.0, -1.0]])
+    >>> ClassCorrelation()(logits, logits).item()
+    0.0
+    """
+
+    def __init__(self, temperature: float = 4.0) -> None:
+        super().__init__()
+        check_positive(self, temperature=temperature)
+        self.temperature = temperature
+
+    @full_precision
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        check_alike(self, student, teacher, "B K")
+        p = (student / self.temperature).softmax(dim=-1)
+        q = (teacher / self.temperature).softmax(dim=-1)
+        return gram_gap(p.mT, q.mT) / p.shape[1]
+
+    def extra_repr(self) -> str:
+        return f"temperature={self.temperature}"
+
+
+class BatchCorrelation(Loss):
+    r"""``‖PPᵀ − QQᵀ‖² / B``: how samples go together in a batch, in student and teacher probabilities at ``T``.
+
+    Sum over the ``B × B`` entries, divided by ``B``; no ``T²``. The batch part of multi-level logit distillation, at
+    one temperature: add several for the published sum.
+
+    Shapes: student and teacher logits ``(B, K)``. Floor: 0. No labels.
+
+    Args:
+        temperature: ``T > 0``.
+
+    Raises:
+        ValueError: the temperature is not positive; the shapes differ.
+
+    Jin et al., Multi-Level Logit Distillation, CVPR 2023 (no arXiv version).
+
+    >>> logits = torch.tensor([[2.0, 0.0, -1.0]])
+    >>> BatchCorrelation()(logits, logits).item()
+    0.0
+    """
+
+    def __init__(self, temperature: float = 4.0) -> None:
+        super().__init__()
+        check_positive(self, temperature=temperature)
+        self.temperature = temperature
+
+    @full_precision
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        check_alike(self, student, teacher, "B K")
+        p = (student / self.temperature).softmax(dim=-1)
+        q = (teacher / self.temperature).softmax(dim=-1)
+        return gram_gap(p, q) / p.shape[0]
+
+    def extra_repr(self) -> str:
+        return f"temperature={self.temperature}"
+
+
+def _pearson(a: Tensor, b: Tensor, dim: int) -> Tensor:
+    a, b = a - a.mean(dim, keepdim=True), b - b.mean(dim, keepdim=True)
+    lengths = torch.linalg.vector_norm(a, dim=dim) * torch.linalg.vector_norm(b, dim=dim)
+    return (a * b).sum(dim) / (lengths + 1e-8)

@@ -1,0 +1,168 @@
+"""Losses between class scores ``(B, K)`` that treat the labelled class apart from the others."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .base import Loss, check_alike, check_labels, check_positive, full_precision
+
+
+class DKD(Loss):
+    r"""``T² · (alpha · KL(b_t ‖ b_s) + beta · KL(n_t ‖ n_s))``, mean over samples: target and non-target parts apart.
+
+    With ``p = softmax(logits / T)`` and label ``y``: ``b = (p_y, 1 − p_y)``, and ``n`` is ``p`` over the classes other
+    than ``y``, scaled to sum to one. ``log(1 − p_y)`` is a logsumexp over those classes, and they are told apart by
+    ``-inf``, so the value is finite and exact for any gap between logits.
+
+    Shapes: student and teacher logits ``(B, K)``, labels int64 ``(B,)``. Floor: 0, where the two distributions are
+    equal. Needs labels; soft labels (mixup) are not allowed, for the definition has one target class.
+
+    Args:
+        alpha: weight of the target part.
+        beta: weight of the non-target part; the paper uses 8 on CIFAR-100 with ``T = 4``, 0.5 to 2 on ImageNet with 1.
+        temperature: ``T > 0``, of both parts.
+
+    Raises:
+        ValueError: the temperature is not positive; the shapes differ; labels are soft; fewer than two classes.
+
+    Zhao et al., Decoupled Knowledge Distillation, 2022, section 3. arXiv:2203.08679. The published training script also
+    warms the weight up over 20 epochs; that is a term's schedule here.
+
+    >>> logits = torch.tensor([[2.0, 0.0, -1.0]])
+    >>> DKD(alpha=1.0, beta=8.0, temperature=4.0)(logits, logits, torch.tensor([0])).item()
+    0.0
+    """
+
+    against = ("teacher", "labels")
+
+    def __init__(self, alpha: float = 1.0, beta: float = 8.0, temperature: float = 4.0) -> None:
+        super().__init__()
+        check_positive(self, temperature=temperature)
+        self.alpha, self.beta, self.temperature = alpha, beta, temperature
+
+    @full_precision
+    def forward(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        check_alike(self, student, teacher, "B K")
+        check_labels(self, student, labels)
+        target = _target(student, labels)
+        student, teacher = student / self.temperature, teacher / self.temperature
+        log_q, log_p = _target_and_rest(student, target), _target_and_rest(teacher, target)
+        binary = (log_p.exp() * (log_p - log_q)).sum()
+        log_q, log_p = _others(student, target), _others(teacher, target)
+        others = (log_p.exp() * (log_p - log_q).masked_fill(target, 0)).sum()
+        return (self.alpha * binary + self.beta * others) * self.temperature**2 / len(student)
+
+    def extra_repr(self) -> str:
+        return f"alpha={self.alpha}, beta={self.beta}, temperature={self.temperature}"
+
+
+class NKD(Loss):
+    r"""``−mean(t_y log s_y) − gamma · T² · mean(Σ_{k≠y} n_t log n_s)``: a soft target for the label, KD for the rest.
+
+    ``s_y``, ``t_y`` are the label's probabilities at temperature 1; ``n`` is the softmax of ``logits / T`` over the
+    classes other than the label, sum over classes, mean over samples. The temperature does not touch the first part.
+    It is a cross-entropy: the teacher's entropy is not taken off, and the usual loss with the labels is added outside.
+
+    Shapes: student and teacher logits ``(B, K)``, labels int64 ``(B,)``. Floor: ``gamma · T²`` times the mean entropy
+    of ``n_t``, approached as ``s_y`` goes to 1. Needs labels; soft labels (mixup) are not allowed.
+
+    Args:
+        gamma: weight of the non-target part.
+        temperature: ``T > 0`` of the non-target part.
+
+    Raises:
+        ValueError: the temperature is not positive; the shapes differ; labels are soft; fewer than two classes.
+
+    Yang et al., From Knowledge Distillation to Self-Knowledge Distillation, 2023, section 3. arXiv:2303.13005
+
+    >>> logits = torch.tensor([[50.0, 0.0]])
+    >>> NKD()(logits, logits, torch.tensor([0])).item()
+    0.0
+    """
+
+    against = ("teacher", "labels")
+    floor = None
+
+    def __init__(self, gamma: float = 1.5, temperature: float = 1.0) -> None:
+        super().__init__()
+        check_positive(self, temperature=temperature)
+        self.gamma, self.temperature = gamma, temperature
+
+    @full_precision
+    def forward(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        check_alike(self, student, teacher, "B K")
+        check_labels(self, student, labels)
+        target = _target(student, labels)
+        p_target = teacher.softmax(dim=-1).gather(1, labels.long()[:, None])
+        log_q_target = student.log_softmax(dim=-1).gather(1, labels.long()[:, None])
+        log_q, log_p = _others(student / self.temperature, target), _others(teacher / self.temperature, target)
+        others = (log_p.exp() * log_q.masked_fill(target, 0)).sum()
+        return -((p_target * log_q_target).sum() + self.gamma * self.temperature**2 * others) / len(student)
+
+    def extra_repr(self) -> str:
+        return f"gamma={self.gamma}, temperature={self.temperature}"
+
+
+class OFA(Loss):
+    r"""``−Σ_k ((p_k + y_k)^eps − y_k) · log q_k``, mean over samples, with ``p, q`` teacher and student at ``T``.
+
+    ``y`` is the one-hot label. With ``eps = 1`` it is the cross-entropy with the teacher's probabilities; a larger one
+    enhances the label. As in the published code, the power holds for every class, so the others weigh ``p_k^eps``;
+    the paper writes it for the label's class. There is no ``T²``.
+
+    Shapes: student and teacher logits ``(B, K)``, labels int64 ``(B,)``. Floor: the entropy of the weights (times
+    their sum), where the student's distribution is proportional to them. Needs labels; soft labels (mixup) are not
+    allowed. One exit of the student; the paper's stage projectors are adapters of the term.
+
+    Args:
+        eps: power, at least 1.
+        temperature: ``T > 0``.
+
+    Raises:
+        ValueError: an argument is not positive; the shapes differ; labels are soft; fewer than two classes.
+
+    Hao et al., One-for-All, 2023, section 3. arXiv:2310.19444
+
+    >>> logits = torch.tensor([[50.0, 0.0]])
+    >>> OFA(eps=1.5)(logits, logits, torch.tensor([0])).item()
+    0.0
+    """
+
+    against = ("teacher", "labels")
+    floor = None
+
+    def __init__(self, eps: float = 1.5, temperature: float = 1.0) -> None:
+        super().__init__()
+        check_positive(self, eps=eps, temperature=temperature)
+        self.eps, self.temperature = eps, temperature
+
+    @full_precision
+    def forward(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        check_alike(self, student, teacher, "B K")
+        check_labels(self, student, labels)
+        label = _target(student, labels).to(student.dtype)
+        weight = ((teacher / self.temperature).softmax(dim=-1) + label) ** self.eps - label
+        return -(weight * F.log_softmax(student / self.temperature, dim=-1)).sum() / len(student)
+
+    def extra_repr(self) -> str:
+        return f"eps={self.eps}, temperature={self.temperature}"
+
+
+def _target(logits: Tensor, labels: Tensor) -> Tensor:
+    """``(B, K)``: True at each sample's label."""
+    return labels[:, None] == torch.arange(logits.shape[-1], device=logits.device)
+
+
+def _others(logits: Tensor, target: Tensor) -> Tensor:
+    """Log of the softmax over the classes that are not the target; ``-inf`` at the target."""
+    return logits.masked_fill(target, -torch.inf).log_softmax(dim=-1)
+
+
+def _target_and_rest(logits: Tensor, target: Tensor) -> Tensor:
+    """``(B, 2)``: log-probabilities of the target and of all other classes together."""
+    log_p = logits.log_softmax(dim=-1)
+    return torch.stack(
+        [log_p.masked_fill(~target, 0).sum(dim=-1), log_p.masked_fill(target, -torch.inf).logsumexp(dim=-1)], dim=-1
+    )

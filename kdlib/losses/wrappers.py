@@ -1,0 +1,205 @@
+"""Losses that hold another loss between class scores ``(B, K)`` and change what it sees."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .base import Loss, Need, check_positive, full_precision
+
+
+class Wrapper(Loss):
+    """Holds one loss on logits: needs what that one needs, and passes ``fit`` and ``set_epoch`` on.
+
+    Raises:
+        ValueError: the loss does not read logits, or takes lists.
+        TypeError: it is no module.
+    """
+
+    def __init__(self, loss: nn.Module) -> None:
+        super().__init__()
+        name = type(self).__name__
+        if not isinstance(loss, nn.Module):
+            raise TypeError(f"{name} holds a loss, got {type(loss).__name__}; e.g. {name}(SoftTarget(2.0))")
+        if getattr(loss, "view", "logits") != "logits" or getattr(loss, "lists", False):
+            raise ValueError(f"{name} holds a loss between logits, {type(loss).__name__} reads {loss.view}")
+        self.loss = loss
+        self.against: tuple[Need, ...] = getattr(loss, "against", ("teacher",))
+        self.soft_labels = getattr(loss, "soft_labels", False)  # type: ignore[misc]
+        self.wants_head = getattr(loss, "wants_head", False)  # type: ignore[misc]
+        self.floor = getattr(loss, "floor", None)  # type: ignore[misc]
+
+    def fit(self, student: Any, teacher: Any, head: nn.Module | None = None) -> None:
+        if hasattr(self.loss, "fit"):
+            self.loss.fit(student, teacher, head)
+
+    def set_epoch(self, epoch: float, epochs: int) -> None:
+        if hasattr(self.loss, "set_epoch"):
+            self.loss.set_epoch(epoch, epochs)
+
+    def split(self, against: tuple[Tensor, ...]) -> tuple[Tensor | None, tuple[Tensor, ...]]:
+        """The teacher's logits, if the loss needs any, and the rest."""
+        return (against[0], against[1:]) if "teacher" in self.against else (None, against)
+
+
+class Standardized(Wrapper):
+    r"""The held loss of standardised logits: ``z = (logits − mean) / (std + 1e-7)`` of each sample, on both sides.
+
+    The student then need not match the teacher's range, only its order and proportions. As in the published code,
+    ``std`` is the unbiased one (``K − 1``) and ``1e-7`` is added to it.
+
+    Shapes: logits ``(B, K)``, and what the held loss needs. Floor and labels: the held loss's. The published weight is
+    9 with ``SoftTarget(2.0)`` inside.
+
+    Args:
+        loss: any loss between logits.
+
+    Raises:
+        ValueError: the loss does not read logits; fewer than two classes.
+
+    Sun et al., Logit Standardization in Knowledge Distillation, 2024, algorithm 1. arXiv:2403.01427
+
+    >>> logits = torch.tensor([[2.0, 0.0, -1.0]])
+    >>> from kdlib.losses import SoftTarget
+    >>> Standardized(SoftTarget(2.0))(5 * logits + 1, logits).item() < 1e-6
+    True
+    """
+
+    @full_precision
+    def forward(self, student: Tensor, *against: Tensor) -> Tensor:
+        teacher, rest = self.split(against)
+        if student.shape[-1] < 2:
+            raise ValueError(f"Standardized needs at least 2 classes, got {student.shape[-1]}")
+        given = () if teacher is None else (_standardize(teacher),)
+        return self.loss(_standardize(student), *given, *rest)
+
+
+class LearnableTemperature(Wrapper):
+    r"""``T² · loss(student / T, teacher / T)`` with a learned ``T = start + span · σ(θ)`` that makes the task harder.
+
+    ``θ`` is one trained number. Its gradient is multiplied by ``λ``, which goes from 0 to −1 along half a cosine in the
+    first ``ramp`` epochs: the student goes down the loss, the temperature up it, ever more (a curriculum). The gradient
+    reaches ``T`` through the student's logits, the teacher's, and ``T²``. ``set_epoch`` moves ``λ``; it is −1 from
+    the start in a loop that never calls it.
+
+    Shapes: logits ``(B, K)``, and what the held loss needs. Floor: where the held loss has it. Labels: as the held
+    loss. Hold a loss at temperature 1: another one multiplies ``T``.
+
+    Args:
+        loss: any loss between logits.
+        start: the smallest temperature, positive.
+        span: ``T`` stays below ``start + span``.
+        ramp: epochs until ``λ`` is −1.
+        initial: ``θ`` before training.
+
+    Raises:
+        ValueError: the loss does not read logits; start, span or ramp is not positive.
+
+    Li et al., Curriculum Temperature for Knowledge Distillation, 2023, section 3 (its global form). arXiv:2211.16231
+
+    >>> from kdlib.losses import SoftTarget
+    >>> loss = LearnableTemperature(SoftTarget())
+    >>> round(loss.temperature.item(), 3)
+    15.621
+    """
+
+    lambda_: Tensor
+
+    def __init__(
+        self, loss: nn.Module, start: float = 1.0, span: float = 20.0, ramp: float = 10.0, initial: float = 1.0
+    ) -> None:
+        super().__init__(loss)
+        check_positive(self, start=start, span=span, ramp=ramp)
+        self.start, self.span, self.ramp = start, span, ramp
+        self.theta = nn.Parameter(torch.tensor(float(initial)))
+        self.register_buffer("lambda_", torch.tensor(-1.0))
+        for part in loss.modules():
+            if hasattr(part, "follows_teacher"):
+                part.follows_teacher = True  # type: ignore[assignment]
+
+    @property
+    def temperature(self) -> Tensor:
+        """``T``, whose gradient towards ``θ`` is multiplied by ``λ``."""
+        fixed = self.theta.detach()
+        reversed_theta = fixed + self.lambda_ * (self.theta - fixed)
+        return self.start + self.span * torch.sigmoid(reversed_theta)
+
+    def set_epoch(self, epoch: float, epochs: int) -> None:
+        super().set_epoch(epoch, epochs)
+        self.lambda_.fill_((math.cos(math.pi * min(epoch / self.ramp, 1.0)) - 1) / 2)
+
+    @full_precision
+    def forward(self, student: Tensor, *against: Tensor) -> Tensor:
+        teacher, rest = self.split(against)
+        temperature = self.temperature.to(student.dtype)
+        given = () if teacher is None else (teacher / temperature,)
+        return self.loss(student / temperature, *given, *rest) * temperature.square()
+
+    def extra_repr(self) -> str:
+        return f"start={self.start}, span={self.span}, ramp={self.ramp}"
+
+
+class TopK(Wrapper):
+    r"""The held loss of the teacher's ``k`` most likely classes, each sample's own.
+
+    What the held loss makes of them is renormalised within these classes; the student's mass elsewhere is not seen, so
+    the student is biased towards them. ``rest=True`` adds one more class, the logsumexp of all others, which keeps
+    the probabilities of the ``k`` exact at temperature 1.
+
+    Shapes: student and teacher logits ``(B, K)``; the held loss sees ``(B, k)``, or ``(B, k + 1)`` with the rest. Floor:
+    the held loss's. Labels: no loss that needs them can be held, for the label may not be among the ``k``.
+
+    Args:
+        loss: a loss between logits that needs the teacher only.
+        k: number of classes kept, at least 1.
+        rest: keep the other classes as one.
+
+    Raises:
+        ValueError: k is below 1 or above the number of classes; the loss needs labels or does not read logits.
+
+    Anshumann et al., Sparse Logit Sampling, 2025 (on the bias). arXiv:2503.16870
+
+    >>> from kdlib.losses import SoftTarget
+    >>> teacher = torch.tensor([[2.0, 1.0, -1.0]])
+    >>> TopK(SoftTarget(), k=2)(torch.tensor([[2.0, 1.0, 9.0]]), teacher).item()
+    0.0
+    """
+
+    def __init__(self, loss: nn.Module, k: int, rest: bool = False) -> None:
+        super().__init__(loss)
+        if self.against != ("teacher",):
+            raise ValueError(
+                f"TopK holds a loss that needs the teacher only, {type(loss).__name__} needs {self.against}"
+            )
+        if k < 1:
+            raise ValueError(f"TopK: k must be at least 1, got {k}")
+        self.k, self.rest = k, rest
+
+    @full_precision
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        if student.shape != teacher.shape or self.k + self.rest > student.shape[-1]:
+            raise ValueError(
+                f"TopK(k={self.k}, rest={self.rest}) takes logits (B, K) of one shape with K at least "
+                f"{self.k + self.rest}, got student {tuple(student.shape)}, teacher {tuple(teacher.shape)}"
+            )
+        top, where = teacher.topk(self.k, dim=-1)
+        picked = student.gather(-1, where)
+        if self.rest:
+            top = torch.cat([top, _others(teacher, where)], dim=-1)
+            picked = torch.cat([picked, _others(student, where)], dim=-1)
+        return self.loss(picked, top)
+
+    def extra_repr(self) -> str:
+        return f"k={self.k}, rest={self.rest}"
+
+
+def _standardize(logits: Tensor) -> Tensor:
+    return (logits - logits.mean(dim=-1, keepdim=True)) / (logits.std(dim=-1, keepdim=True) + 1e-7)
+
+
+def _others(logits: Tensor, where: Tensor) -> Tensor:
+    """``(B, 1)``: logsumexp of the classes that ``where`` does not name."""
+    return logits.scatter(-1, where, -torch.inf).logsumexp(dim=-1, keepdim=True)
