@@ -103,9 +103,9 @@ def crop_flip_draws(images: int, augment: Augment, *, seed: int, epoch: int) -> 
 def crop_flip(padded: Tensor, windows: Tensor, size: int) -> Tensor:
     """Cuts one window out of each named image, and mirrors it where asked.
 
-    `padded` is (N, C, H, W) with its border; `windows` is int64 (4, B) on the same device, with rows index, top,
-    left, mirrored. The answer is (B, C, size, size): `padded[index, :, top:top+size, left:left+size]`, its columns reversed where
-    `mirrored` is 1.
+    `padded` is (N, C, H, W) with its border; `windows` is int64 (4, B) on the same device, with rows index, top, left,
+    mirrored. The answer is (B, C, size, size): `padded[index, :, top:top+size, left:left+size]`, its columns reversed
+    where `mirrored` is 1.
     """
     index, top, left, mirrored = windows[..., None].unbind()
     line = torch.arange(size, device=padded.device)

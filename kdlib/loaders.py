@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -191,7 +192,8 @@ class FileLoader:
         self.batches, self.normalise, self.device, self.finish = batches, normalise, device, finish
         self.samples = sum(len(row) for row in batches.rows(0))
         self._running: object = None
-        self._loader = DataLoader(
+        self._start = partial(
+            DataLoader[Any],
             _Samples(source, transform, batches.seed),
             batch_sampler=batches,
             num_workers=workers,
@@ -201,6 +203,7 @@ class FileLoader:
             # without it every iterator draws a number from the global generator
             generator=generator(batches.seed, "loader"),
         )
+        self._loader = self._start()
 
     def __len__(self) -> int:
         """Batches per epoch on this rank."""
@@ -214,9 +217,11 @@ class FileLoader:
     def _epoch(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         self._running = run = object()
         self.batches.position = (epoch, start)
+        broken = None
         for batch, sample in enumerate(self._loader, start):
             if isinstance(sample, _Unreadable):
-                raise ValueError(str(sample))
+                broken = str(sample)
+                break
             images, labels = (part.to(self.device, non_blocking=True) for part in sample)
             images = self.normalise(images)
             if self.finish is not None:
@@ -224,5 +229,9 @@ class FileLoader:
             yield images, labels
             if self._running is not run:
                 raise RuntimeError(
-                    "another epoch of this loader was started while this one was being read; read one at a time"
+                    "another epoch of this loader was started while this one was read; read one at a time"
                 )
+        if broken is not None:
+            # the workers go now: left to the garbage collector, beside the traceback, each takes 5 s to stop
+            self._loader = self._start()
+            raise ValueError(broken)
