@@ -13,8 +13,8 @@ from pydantic import BaseModel, ValidationError
 from .. import data
 from ..config import ConfigError, Document, Key
 from ..losses import LOSSES
-from .schema import Loss, Recipe
 from .fields import signature_model
+from .schema import Loss, Recipe
 
 
 def load(document: Document) -> Recipe:
@@ -68,7 +68,7 @@ def _arguments(
         for name, value in arguments.items():
             if isinstance(value, BaseModel):
                 fields = {field: getattr(value, field) for field in value.model_fields_set}
-                _build(key, getattr(data, type(value).__name__, dict), fields)
+                _build((*key, name), getattr(data, type(value).__name__), fields)
                 arguments[name] = fields
         if inspect.isclass(target):
             _build(key, target, arguments)
@@ -76,8 +76,7 @@ def _arguments(
     except ValidationError as error:
         wrong += [((*key, *e["loc"]), _say(e, given, model)) for e in error.errors(include_url=False)]
     except _Unbuildable as error:
-        argument, message = error.args
-        wrong.append(((*key, argument) if argument else key, message))
+        wrong.append((error.args[0], error.args[1]))
     return {}
 
 
@@ -85,13 +84,13 @@ def _build(key: Key, target: Callable[..., Any], arguments: Mapping[str, Any]) -
     try:
         target(**arguments)
     except (ValueError, TypeError) as error:
-        raise _Unbuildable(
-            next((name for name in arguments if re.search(rf"\b{name}\b", str(error))), None), str(error)
-        ) from None
+        argument = next((name for name in arguments if re.search(rf"\b{name}\b", str(error))), None)
+        place = (*key, argument) if argument else key
+        raise _Unbuildable(place, str(error).removeprefix(f"{'.'.join(map(str, place[-2:]))}: ")) from None
 
 
 class _Unbuildable(Exception):
-    """An object refused its arguments: which one it speaks of, and what it said."""
+    """An object refused its arguments: the key that it speaks of, and what it said."""
 
 
 def _cross_checks(recipe: Recipe) -> list[tuple[Key, str]]:
@@ -166,7 +165,7 @@ def json_schema() -> dict[str, Any]:
     definitions = schema["$defs"]
     options = []
     for name, loss in sorted(LOSSES.items()):
-        own = signature_model(loss).model_json_schema()
+        own = signature_model(loss).model_json_schema()  # type: ignore[arg-type]
         definitions |= own.pop("$defs", {})
         own["properties"] = {"name": {"const": name}} | own.get("properties", {})
         own["required"] = ["name", *own.get("required", [])]
