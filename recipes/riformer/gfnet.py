@@ -1,0 +1,331 @@
+"""GFNet-H, RIFormer's logit teacher: token mixing by a learned filter in the frequency domain, over four stages.
+
+Source: Global Filter Networks for Image Classification, NeurIPS 2021, arXiv 2107.00645, the hierarchical variant with
+one residual per block and a layer scale. Importing this file registers the models with timm.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath, trunc_normal_
+from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from recipes.riformer.fusion import Mlp
+from recipes.riformer.model import Size, expect, layer_groups, model_cfg, new_head, refuse_pretrained
+
+__all__ = ["GFNetH", "resize_state_dict"]
+
+Grid = tuple[int, int]
+
+
+class GlobalFilter(nn.Module):
+    """Circular convolution of tokens (B, H*W, C) with a learned kernel as large as the grid.
+
+    rfft2 over H and W (norm "ortho"), times `complex_weight` (H, W//2+1, C, 2) = (real, imaginary), irfft2. Always in
+    float32 or wider, whatever autocast says: half precision transforms exist for powers of two only.
+
+    A real kernel has a Hermitian spectrum in column 0 (and in the last column for even W), trained weights need not.
+    The CPU's inverse drops the rest; a GPU's is not obliged to. To compare devices, replace W[u] in these columns by
+    (W[u] + conj(W[-u])) / 2, which leaves the CPU's result as it is.
+    """
+
+    def __init__(self, dim: int, grid: Grid) -> None:
+        super().__init__()
+        self.grid = grid
+        self.complex_weight = nn.Parameter(torch.randn(grid[0], grid[1] // 2 + 1, dim, 2) * 0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        spectrum = torch.fft.rfft2(x.to(wide).unflatten(1, self.grid), dim=(1, 2), norm="ortho")
+        spectrum = spectrum * torch.view_as_complex(self.complex_weight.to(wide))
+        return torch.fft.irfft2(spectrum, s=self.grid, dim=(1, 2), norm="ortho").flatten(1, 2).to(x.dtype)
+
+
+class Block(nn.Module):
+    """x + gamma mlp(norm2(filter(norm1 x))) on tokens (B, N, C): one residual, so the filter's output is no branch."""
+
+    def __init__(self, dim: int, hidden: int, grid: Grid, drop_path: float, layer_scale_init: float | None) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.filter = GlobalFilter(dim, grid)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, hidden, nn.Linear)
+        self.gamma = None if layer_scale_init is None else nn.Parameter(torch.full((dim,), float(layer_scale_init)))
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        branch = self.mlp(self.norm2(self.filter(self.norm1(x))))
+        return x + self.drop_path(branch if self.gamma is None else branch * self.gamma)
+
+
+class Patches(nn.Module):
+    """A convolution without overlap (kernel = stride, no padding), from a map to tokens.
+
+    Takes an image (B, C, H, W), or tokens (B, H*W, C) if their `grid` is given; returns tokens (B, h*w, dim).
+    """
+
+    def __init__(self, in_dim: int, dim: int, size: int, grid: Grid | None = None) -> None:
+        super().__init__()
+        self.grid = grid
+        self.conv = nn.Conv2d(in_dim, dim, size, size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.grid is not None:
+            x = x.transpose(1, 2).unflatten(2, self.grid)
+        return self.conv(x).flatten(2).transpose(1, 2)
+
+
+class Stage(nn.Module):
+    """Downsampling (none in the first stage) and blocks; tokens (B, N, C) in and out, N = grid[0] * grid[1]."""
+
+    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module], grid: Grid) -> None:
+        super().__init__()
+        self.grid, self.grad_checkpointing = grid, False
+        self.downsample = downsample
+        self.blocks = nn.Sequential(*blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.downsample(x)
+        return checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x)
+
+
+class GFNetH(nn.Module):
+    """Images (B, in_chans, H, W) of one fixed size to logits (B, num_classes).
+
+    Args:
+        depths: blocks per stage; as many stages as entries.
+        dims: channels per stage.
+        image_size: side of the square image in pixels, or (H, W). Filters and position embedding belong to this size;
+            `resize_state_dict` brings weights to another.
+        num_classes: 0 for no classifier.
+        in_chans: channels of the image.
+        mlp_ratio: hidden channels of the MLP per channel.
+        drop_rate: dropout before the classifier.
+        drop_path_rate: stochastic depth of the last block; it rises linearly from 0.
+        layer_scale_init: first value of gamma; None for none at all, 0 makes every block start as identity.
+        global_pool: "avg", or "" to hand out the tokens (only without a classifier).
+
+    Raises:
+        ValueError: for unequal lengths, an image too small for the stages, and in `forward` for another image size.
+    """
+
+    def __init__(
+        self,
+        depths: Sequence[int] = (3, 3, 10, 3),
+        dims: Sequence[int] = (64, 128, 256, 512),
+        image_size: int | Sequence[int] = 224,
+        num_classes: int = 1000,
+        *,
+        in_chans: int = 3,
+        mlp_ratio: float = 4.0,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        layer_scale_init: float | None = 1e-3,
+        global_pool: str = "avg",
+    ) -> None:
+        super().__init__()
+        if not depths or len(depths) != len(dims):
+            raise ValueError(f"depths {tuple(depths)} and dims {tuple(dims)} need one entry per stage each")
+        self.image_size = _pair(image_size)
+        self.in_chans, self.num_features, self.head_hidden_size = in_chans, dims[-1], dims[-1]
+        height, width = self.image_size[0] // 4, self.image_size[1] // 4
+        if min(height, width) >> (len(depths) - 1) < 1:
+            raise ValueError(
+                f"image_size {self.image_size} is too small for {len(depths)} stages, which divide it by "
+                f"{4 * 2 ** (len(depths) - 1)}; use a larger image or fewer stages"
+            )
+        self.stem = Patches(in_chans, dims[0], 4)
+        self.pos_embed = nn.Parameter(trunc_normal_(torch.empty(1, height * width, dims[0]), std=0.02))
+        rates = [drop_path_rate * k / max(sum(depths) - 1, 1) for k in range(sum(depths))]
+        stages = []
+        for i, (depth, dim) in enumerate(zip(depths, dims, strict=True)):
+            grid, first = (height >> i, width >> i), sum(depths[:i])
+            above = (height >> (i - 1), width >> (i - 1)) if i else grid
+            downsample = Patches(dims[i - 1], dim, 2, above) if i else nn.Identity()
+            blocks = [
+                Block(dim, int(dim * mlp_ratio), grid, rate, layer_scale_init) for rate in rates[first : first + depth]
+            ]
+            stages.append(Stage(downsample, blocks, grid))
+        self.stages = nn.Sequential(*stages)
+        self.feature_info = [
+            {"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"} for i, dim in enumerate(dims)
+        ]
+        self.norm: nn.Module = nn.LayerNorm(dims[-1], eps=1e-6)
+        self.drop = nn.Dropout(drop_rate)
+        self.reset_classifier(num_classes, global_pool)
+
+    def _embed(self, x: Tensor) -> Tensor:
+        if tuple(x.shape[-2:]) != self.image_size:
+            raise ValueError(
+                f"this GFNetH was built for images of {self.image_size} pixels (H, W), but was given "
+                f"{tuple(x.shape[-2:])}; resize the images, or build it with that image_size and resize_state_dict"
+            )
+        return self.stem(x) + self.pos_embed
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(B, in_chans, H, W) to normed tokens (B, N, dims[-1])."""
+        return self.norm(self.stages(self._embed(x)))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Normed tokens (B, N, C) to logits (B, num_classes), or to pooled features (B, C) with `pre_logits`."""
+        x = self.drop(x.mean(1) if self.global_pool else x)
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Stage outputs, and before them the normed last tokens (B, N, C) unless `intermediates_only`.
+
+        Arguments as in `MetaFormer.forward_intermediates`; `output_fmt` is "NCHW" (B, C, h, w) or "NLC" (B, h*w, C).
+        """
+        expect("output_fmt", output_fmt, ("NCHW", "NLC"))
+        take, last = feature_take_indices(len(self.stages), indices)
+        x, outputs = self._embed(x), []
+        for i, stage in enumerate(self.stages[: last + 1] if stop_early else self.stages):
+            x = stage(x)
+            is_final = i == len(self.feature_info) - 1
+            if i in take:
+                tokens = self.norm(x) if norm and is_final else x
+                outputs.append(tokens if output_fmt == "NLC" else tokens.transpose(1, 2).unflatten(2, stage.grid))
+        if intermediates_only:
+            return outputs
+        return (self.norm(x) if is_final else x), outputs
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop, in place, what `forward_intermediates(indices=indices)` does not need; returns the stage numbers."""
+        take, last = feature_take_indices(len(self.stages), indices)
+        shorter = last + 1 < len(self.stages)
+        self.stages = self.stages[: last + 1]
+        self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
+        if prune_norm or shorter:
+            self.norm = nn.Identity()
+        if prune_head or shorter:
+            self.reset_classifier(0, "")
+        return take
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A fresh classifier with `num_classes` outputs; 0 for none, so that `forward` returns features."""
+        if global_pool is not None:
+            expect("global_pool", global_pool, ("avg", ""))
+            self.global_pool = global_pool
+        if num_classes and not self.global_pool:
+            raise ValueError(f"num_classes={num_classes} with global_pool='': a classifier needs global_pool='avg'")
+        self.num_classes = num_classes
+        self.head = new_head(self.num_features, num_classes, self.stem.conv.weight)
+
+    def get_classifier(self) -> nn.Module:
+        """The last layer."""
+        return self.head
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute block activations in the backward pass instead of keeping them."""
+        for stage in self.modules():
+            if isinstance(stage, Stage):
+                stage.grad_checkpointing = enable
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that timm's optimizers leave without weight decay."""
+        return {"pos_embed"}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Patterns from which timm sorts parameters into layers, for layer-wise learning rates."""
+        return layer_groups(coarse)
+
+
+def _pair(image_size: int | Sequence[int]) -> Grid:
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    return int(height), int(width)
+
+
+def resize_state_dict(
+    state_dict: Mapping[str, Tensor], model: GFNetH, image_size: int | Sequence[int]
+) -> dict[str, Tensor]:
+    """Bring the weights of a GFNetH for `image_size` to the size of `model`, by bicubic interpolation.
+
+    The position embedding is interpolated over its grid (align_corners=False), each filter over its frequencies, real
+    and imaginary part alone (align_corners=True), as GFNet's authors do for fine-tuning at a larger size. What has the
+    right size is passed on untouched.
+
+    Args:
+        state_dict: in our names, e.g. from `convert`.
+        model: the model to load it into.
+        image_size: the size in pixels that the weights were trained for, side or (H, W).
+
+    Raises:
+        ValueError: if the weights do not belong to `image_size`.
+    """
+    height, width = (side // 4 for side in _pair(image_size))
+    if state_dict["pos_embed"].shape[1] != height * width:
+        raise ValueError(
+            f"pos_embed has {state_dict['pos_embed'].shape[1]} positions, but image_size {_pair(image_size)} makes "
+            f"{height * width}; give the image size that these weights were trained for"
+        )
+    wanted = model.state_dict()
+    resized = dict(state_dict)
+    for name, value in state_dict.items():
+        if name not in wanted or value.shape == wanted[name].shape:
+            continue
+        if name == "pos_embed":
+            image = value.transpose(1, 2).unflatten(2, (height, width))
+            grid = model.image_size[0] // 4, model.image_size[1] // 4
+            image = F.interpolate(image.float(), grid, mode="bicubic", align_corners=False)
+            resized[name] = image.flatten(2).transpose(1, 2).contiguous().to(value.dtype)
+        elif name.endswith("complex_weight"):
+            image = value.flatten(2).permute(2, 0, 1)[None].float()
+            image = F.interpolate(image, wanted[name].shape[:2], mode="bicubic", align_corners=True)
+            resized[name] = image[0].permute(1, 2, 0).unflatten(2, value.shape[2:]).contiguous().to(value.dtype)
+    return resized
+
+
+SIZES = {
+    "ti": Size((3, 3, 10, 3), (64, 128, 256, 512), 1e-3, crop_pct=0.875),
+    "s": Size((3, 3, 10, 3), (96, 192, 384, 768), 1e-5, crop_pct=0.875),
+    "b": Size((3, 3, 27, 3), (96, 192, 384, 768), 1e-6, crop_pct=0.875),
+    "nano": Size((2, 2), (48, 96), 0.1, image_size=28, crop_pct=1.0),
+    "micro": Size((2, 2, 6, 2), (32, 64, 160, 256), 0.1, image_size=64, crop_pct=1.0),
+}
+
+
+def _entry(name: str, size: Size) -> Callable[..., nn.Module]:
+    def build(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        refuse_pretrained(name, pretrained)
+        image_size = _pair(kwargs.pop("img_size", None) or kwargs.pop("image_size", size.image_size))
+        overlay = kwargs.pop("pretrained_cfg_overlay", None) or {}
+        overlay = {"input_size": (kwargs.get("in_chans", 3), *image_size)} | overlay
+        arch: dict[str, Any] = {"depths": size.depths, "dims": size.dims, "layer_scale_init": size.layer_scale_init}
+        return build_model_with_cfg(
+            GFNetH,
+            name,
+            False,
+            image_size=image_size,
+            pretrained_cfg_overlay=overlay,
+            kwargs_filter=("img_size",),
+            feature_cfg={"out_indices": tuple(range(len(size.depths))), "feature_cls": "getter"},
+            **(arch | kwargs),
+        )
+
+    build.__name__ = build.__qualname__ = name
+    build.__doc__ = f"GFNetH({size.depths}, {size.dims}, {size.image_size}) for timm.create_model."
+    return build
+
+
+default_cfgs = generate_default_cfgs(
+    {f"gfnet_h_{key}": model_cfg(size, fixed_input_size=True) for key, size in SIZES.items()}
+)
+for _key, _size in SIZES.items():
+    globals()[f"gfnet_h_{_key}"] = register_model(_entry(f"gfnet_h_{_key}", _size))
