@@ -119,7 +119,8 @@ class BlockArgs(NamedTuple):
     layer_scale_init: float | None
 
     def layer_scale(self) -> nn.Module:
-        return nn.Identity() if self.layer_scale_init is None else LayerScale(self.dim, self.layer_scale_init)
+        off = self.layer_scale_init is None or self.layer_scale_init is False
+        return nn.Identity() if off else LayerScale(self.dim, self.layer_scale_init or 0.0)
 
 
 class Block(nn.Module):

@@ -41,7 +41,8 @@ class GlobalFilter(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
         spectrum = torch.fft.rfft2(x.to(wide).unflatten(1, self.grid), dim=(1, 2), norm="ortho")
-        spectrum = spectrum * torch.view_as_complex(self.complex_weight.to(wide))
+        # contiguous: .to(memory_format=channels_last) reorders every 4-d parameter, this one too
+        spectrum = spectrum * torch.view_as_complex(self.complex_weight.to(wide).contiguous())
         return torch.fft.irfft2(spectrum, s=self.grid, dim=(1, 2), norm="ortho").flatten(1, 2).to(x.dtype)
 
 
@@ -54,7 +55,8 @@ class Block(nn.Module):
         self.filter = GlobalFilter(dim, grid)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, hidden, nn.Linear)
-        self.gamma = None if layer_scale_init is None else nn.Parameter(torch.full((dim,), float(layer_scale_init)))
+        off = layer_scale_init is None or layer_scale_init is False
+        self.gamma = None if off else nn.Parameter(torch.full((dim,), float(layer_scale_init or 0)))
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -106,7 +108,8 @@ class GFNetH(nn.Module):
         mlp_ratio: hidden channels of the MLP per channel.
         drop_rate: dropout before the classifier.
         drop_path_rate: stochastic depth of the last block; it rises linearly from 0.
-        layer_scale_init: first value of gamma; None for none at all, 0 makes every block start as identity.
+        layer_scale_init: first value of gamma; 0 makes every block start as identity, None or False is for no gamma at
+            all (`timm.create_model` drops a None and takes the default of the size: say False there).
         global_pool: "avg", or "" to hand out the tokens (only without a classifier).
 
     Raises:

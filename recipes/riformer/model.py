@@ -69,7 +69,8 @@ class MetaFormer(nn.Module):
         mlp_ratio: hidden channels of the MLP per channel.
         drop_rate: dropout before the classifier.
         drop_path_rate: stochastic depth of the last block; it rises linearly from 0, the same for both branches.
-        layer_scale_init: first value of both layer scales; None for none at all, 0 makes every block start as identity.
+        layer_scale_init: first value of both layer scales; 0 makes every block start as identity, None or False is for
+            no layer scale at all (`timm.create_model` drops a None and takes the default of the size: say False there).
         affine_init: "trunc_normal" (s ~ 0.02 N(0, 1) truncated, t = 0), "uniform" (both in (-1, 1), what a depthwise
             convolution gets in PyTorch) or "zero_branch" (s = 1, t = 0). The paper does not say which.
         global_pool: "avg", or "" to hand out the feature map (only without a classifier).
