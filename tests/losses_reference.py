@@ -168,6 +168,136 @@ def gram(case: Case) -> Call:
     return Call(loss, lambda student: loss(student.flatten(2).mT, case["teacher"].flatten(2).mT))
 
 
+plain("cwd")(lambda case: case.hyper["loss_weight"] * losses.ChannelWise(case.hyper["tau"]))
+plain("srrl_statm")(lambda case: losses.ChannelMean())
+plain("pkd")(lambda case: case.hyper["loss_weight"] * losses.PKD())
+plain("nst")(lambda case: losses.NST())
+plain("at_code", "at_paper")(lambda case: losses.AttentionTransfer(variant=case.file[3:], **case.hyper))
+plain("ickd_cifar", "ickd_imagenet")(lambda case: losses.ICKD(variant=case.file[5:]))
+plain("sp")(lambda case: losses.SimilarityPreserving())
+plain("rkd_distance")(lambda case: losses.RKDDistance())
+plain("rkd_angle")(lambda case: losses.RKDAngle())
+plain("pkt")(lambda case: losses.PKT(**case.hyper))
+plain("cc")(lambda case: losses.CorrelationCongruence())
+plain("cckd")(lambda case: losses.CCKD(**case.hyper))
+plain("infonce")(lambda case: losses.InfoNCE(**case.hyper))
+listed("fsp")(lambda case: losses.FSP())
+listed("reviewkd_hcl")(lambda case: losses.HierarchicalContext())
+
+
+def placed(case: Case, loss: nn.Module, places: dict[str, str]) -> dict[str, nn.Parameter]:
+    """Loads the stored parameters where ``places`` says, and gives those places."""
+    loss.to(case.dtype)
+    held = dict(loss.named_parameters()) | dict(loss.named_buffers())
+    with torch.no_grad():
+        for name, place in places.items():
+            assert held[place].shape == case.parameters[name].shape, (name, place)
+            held[place].copy_(case.parameters[name])
+    return {name: loss.get_parameter(place) for name, place in places.items() if f"paramgrad_{name}" in case.arrays}
+
+
+def channels(case: Case) -> dict[str, int]:
+    return {"student_channels": case["student"].shape[1], "teacher_channels": case["teacher"].shape[1]}
+
+
+@reference("mgd_channel", "mgd_spatial")
+def mgd(case: Case) -> Call:
+    hyper = case.hyper
+    loss = losses.MGD(case.file[4:], ratio=hyper["lambda_mgd"], alpha=hyper["alpha_mgd"], **channels(case))
+    modules = {"align": "align", "gen1": "generate.0", "gen2": "generate.2"}
+    places = {f"{a}_{kind}": f"{b}.{kind}" for a, b in modules.items() for kind in ("weight", "bias")}
+    places = placed(case, loss, {name: place for name, place in places.items() if name in case.parameters})
+    return Call(loss, lambda student: loss(student, case["teacher"], case["mask"]), places)
+
+
+@reference("vid")
+def vid(case: Case) -> Call:
+    loss = losses.VID(eps=case.hyper["eps"], **channels(case))
+    modules = {f"conv{i + 1}_weight": f"mean.{2 * i}.weight" for i in range(3)}
+    places = placed(case, loss, modules | {"log_scale": "rho"})
+    return Call(loss, lambda student: loss(student, case["teacher"]), places)
+
+
+@reference("ofd")
+def ofd(case: Case) -> Call:
+    """The margin is computed from the batch norm, and compared with the stored one."""
+    norm = nn.BatchNorm2d(case["teacher"].shape[1]).to(case.dtype)
+    with torch.no_grad():
+        norm.weight.copy_(case.parameters["bn_weight"])
+        norm.bias.copy_(case.parameters["bn_bias"])
+    loss = losses.OFD(norm, project=False, **channels(case)).to(case.dtype)
+    assert torch.allclose(loss.margin, case.parameters["margin"], rtol=1e-5, atol=1e-6)
+    loss.margin.copy_(case.parameters["margin"])
+    return Call(loss, lambda student: loss(student, case["teacher"]))
+
+
+@reference("simkd")
+def simkd(case: Case) -> Call:
+    loss = losses.SimKD(factor=case.hyper["factor"], **channels(case))
+    modules = {f"conv{i + 1}_weight": f"project.{3 * i}.weight" for i in range(3)}
+    modules |= {f"bn{i + 1}_{kind}": f"project.{3 * i + 1}.{kind}" for i in range(3) for kind in ("weight", "bias")}
+    places = placed(case, loss, modules)
+    return Call(loss, lambda student: loss(student, case["teacher"]), places)
+
+
+@reference("reviewkd_abf")
+def review(case: Case) -> Call:
+    loss = losses.ReviewKD(case.hyper["in_channels"], case.hyper["out_channels"])
+    parts = {"conv1": "enter.0", "bn1": "enter.1", "conv2": "leave.0", "bn2": "leave.1", "att": "gate"}
+    places = {}
+    for name in case.parameters:
+        level, part, kind = name.split("_")
+        places[name] = f"fusions.{level[3:]}.{parts[part]}.{kind}"
+    places = placed(case, loss, places)
+    return Call(loss, lambda *students: loss(list(students), case.teachers), places)
+
+
+@reference("vkd")
+def vkd(case: Case) -> Call:
+    """float32 goes through the loss's own projection; float64 and the parameter's gradient take the stored matrix as
+    it is, for it is orthonormal to float32 only."""
+    loss = losses.VkD(case["student"].shape[-1], case["teacher"].shape[1]).to(case.dtype)
+    weight = nn.Parameter(case.parameters["weight"].clone())
+    with torch.no_grad():
+        loss.projection.copy_(weight)
+    scale = case.hyper["alpha"]
+    direct = loss.distance(case["student"].requires_grad_(False), case["teacher"], weight) * scale
+    direct.backward()
+    if case.dtype == torch.float32:
+        return Call(loss, lambda student: scale * loss(student, case["teacher"]), {"weight": weight})
+    fixed = weight.detach()
+    return Call(loss, lambda student: scale * loss.distance(student, case["teacher"], fixed), {"weight": weight})
+
+
+@reference("crd")
+def crd(case: Case) -> Call:
+    """The memories and constants after the step are compared as well."""
+    hyper = case.hyper
+    loss = losses.CRD(
+        hyper["n_data"],
+        case.parameters["memory_student"].shape[1],
+        hyper["nce_k"],
+        hyper["nce_t"],
+        hyper["nce_m"],
+        case["student"].shape[1],
+        case["teacher"].shape[1],
+    )
+    names = [f"embed_{side}_{kind}" for side in ("student", "teacher") for kind in ("weight", "bias")]
+    places = {name: name.replace("_weight", ".weight").replace("_bias", ".bias") for name in names}
+    places |= {name: name for name in ("memory_student", "memory_teacher")}
+    held = placed(case, loss, places)
+    if hyper["z_student"] is not None:
+        loss.z.copy_(torch.tensor([hyper["z_student"], hyper["z_teacher"]]))
+
+    def compute(student: Tensor) -> Tensor:
+        value = loss(student, case["teacher"], case["idx"], case["contrast_idx"])
+        for name in ("memory_student", "memory_teacher", "z"):
+            assert torch.allclose(getattr(loss, name), case[f"after_{name}"], rtol=1e-5, atol=1e-6)
+        return value
+
+    return Call(loss, compute, held)
+
+
 def call(case: Case) -> Call:
     """The call of a case, with the loss in the case's precision."""
     return REFERENCES[case.file](case)

@@ -8,12 +8,21 @@ from typing import TypeVar
 from torch import nn
 
 from .base import Loss, Sum, View
+from .contrastive import CRD, InfoNCE
 from .correlation import DIST, BatchCorrelation, ClassCorrelation
 from .decoupled import DKD, NKD, OFA
-from .features import FeatureMSE
+from .embeddings import CCKD, PKT, CorrelationCongruence, RKDAngle, RKDDistance
+from .features import ChannelMean, CosineDistance, FeatureMSE
+from .heads import SRRL, SimKD
+from .levels import FSP, HierarchicalContext, ReviewKD
 from .logits import CrossEntropy, HardLabel, SoftTarget
+from .maps import NST, PKD, AttentionTransfer, ChannelWise
 from .matching import TTM, WTTM, Binary
+from .orthogonal import VkD
+from .overhaul import OFD
+from .projected import MGD, VID
 from .relations import GramRelation
+from .similarity import ICKD, SimilarityPreserving
 from .wrappers import LearnableTemperature, Standardized, TopK
 
 AnyLoss = TypeVar("AnyLoss", bound=type[nn.Module])
@@ -40,11 +49,14 @@ for _loss in (
     *(SoftTarget, HardLabel, CrossEntropy, DKD, NKD, DIST, TTM, WTTM, OFA, ClassCorrelation, BatchCorrelation, Binary),
     *(Standardized, LearnableTemperature, TopK),
     # between features
-    *(FeatureMSE,),
+    *(FeatureMSE, CosineDistance, AttentionTransfer, ChannelWise, ChannelMean, PKD, NST),
+    *(FSP, HierarchicalContext, ReviewKD, MGD, VID, OFD, SRRL),
     # between relations
-    *(GramRelation,),
+    *(GramRelation, ICKD, SimilarityPreserving, RKDDistance, RKDAngle, PKT, CorrelationCongruence, CCKD, InfoNCE, CRD),
 ):
     register(_loss)
+register(SimKD, name="simkd")
+register(VkD, name="vkd")
 
 __all__ = ["LOSSES", "Loss", "Sum", "View", "register"]
 __all__ += [_loss.__name__ for _loss in LOSSES.values()]

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def unit(x: Tensor, dim: int = -1, eps: float = 1e-12) -> Tensor:
+def unit(x: Tensor, dim: int | tuple[int, int] = -1, eps: float = 1e-12) -> Tensor:
     """``x`` at unit length along ``dim``; a zero vector stays zero and has a gradient of ordinary size."""
     length = torch.linalg.vector_norm(x, dim=dim, keepdim=True)
     return x / torch.where(length > eps, length, 1.0)

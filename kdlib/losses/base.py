@@ -104,13 +104,11 @@ class Sum(Loss):
 
     def fit(self, student: Any, teacher: Any, head: nn.Module | None = None) -> None:
         for loss in self.parts:
-            if hasattr(loss, "fit"):
-                loss.fit(student, teacher, head)
+            getattr(loss, "fit", _nothing)(student, teacher, head)
 
     def set_epoch(self, epoch: float, epochs: int) -> None:
         for loss in self.parts:
-            if hasattr(loss, "set_epoch"):
-                loss.set_epoch(epoch, epochs)
+            getattr(loss, "set_epoch", _nothing)(epoch, epochs)
 
     def extra_repr(self) -> str:
         return f"weights={self.weights}"
@@ -122,6 +120,10 @@ def _summands(loss: object) -> list[tuple[float, nn.Module]]:
     if isinstance(loss, nn.Module):
         return [(1.0, loss)]
     raise TypeError(f"only losses add up, got {type(loss).__name__}; wrap a function in an nn.Module")
+
+
+def _nothing(*_: Any) -> None:
+    """Stands in for a method that a bare module lacks."""
 
 
 def full_precision(forward: Compute) -> Compute:
@@ -180,9 +182,32 @@ def check_labels(loss: nn.Module, student: Tensor, labels: Tensor) -> None:
 
 
 def check_choice(loss: nn.Module, **choices: tuple[object, tuple[object, ...]]) -> None:
-    """Raises ValueError for an argument outside its choices: ``check_choice(self, mask=(mask, ("channel", "spatial")))``."""
+    """Raises ValueError for an argument outside its choices: ``mask=(mask, ("channel", "spatial"))``."""
     for name, (value, allowed) in choices.items():
         if value not in allowed:
             raise ValueError(
                 f"{type(loss).__name__}: {name} must be one of {', '.join(map(repr, allowed))}, got {value!r}"
             )
+
+
+def check_maps(loss: nn.Module, student: Tensor, teacher: Tensor, channels: bool = False) -> None:
+    """Raises ValueError unless both are maps ``(B, C, H, W)`` of one batch, and of one C where ``channels`` says so."""
+    axes = 2 if channels else 1
+    if student.ndim != 4 or teacher.ndim != 4 or student.shape[:axes] != teacher.shape[:axes]:
+        raise ValueError(
+            f"{type(loss).__name__} takes maps (B, C, H, W) of one B{' and C' * channels}, got student "
+            f"{tuple(student.shape)}, teacher {tuple(teacher.shape)}; an adapter, another view or another tap helps"
+        )
+
+
+def check_lists(loss: nn.Module, student: Any, teacher: Any, least: int = 1) -> None:
+    """Raises ValueError unless both are lists of one length of at least ``least``."""
+    if not isinstance(student, list | tuple) or not isinstance(teacher, list | tuple):
+        raise ValueError(
+            f"{type(loss).__name__} takes lists of features, shallow to deep, one for each pair of its term"
+        )
+    if len(student) != len(teacher) or len(student) < least:
+        raise ValueError(
+            f"{type(loss).__name__} takes lists of one length of at least {least}, got {len(student)} student and "
+            f"{len(teacher)} teacher features"
+        )

@@ -44,7 +44,7 @@ class TTM(Loss):
 
 
 class WTTM(Loss):
-    r"""``U · KL(r ‖ softmax(student))`` with ``U = Σ softmax(teacher)^exponent``: TTM, more where the teacher is unsure.
+    r"""``U · KL(r ‖ softmax(student))`` with ``U = Σ softmax(teacher)^exponent``: TTM, weighted by unsureness.
 
     ``r = softmax(teacher)^exponent / U``. Sum over classes, mean over samples, no ``T²``; ``exponent = 1 / T``. For an
     exponent below 1, ``U`` lies between 1 (a certain teacher) and ``K^(1 − exponent)`` (a uniform one).

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import Loss, Need, check_positive, full_precision
+from .base import Loss, Need, _nothing, check_positive, full_precision
 
 
 class Wrapper(Loss):
@@ -33,12 +33,10 @@ class Wrapper(Loss):
         self.floor = getattr(loss, "floor", None)  # type: ignore[misc]
 
     def fit(self, student: Any, teacher: Any, head: nn.Module | None = None) -> None:
-        if hasattr(self.loss, "fit"):
-            self.loss.fit(student, teacher, head)
+        getattr(self.loss, "fit", _nothing)(student, teacher, head)
 
     def set_epoch(self, epoch: float, epochs: int) -> None:
-        if hasattr(self.loss, "set_epoch"):
-            self.loss.set_epoch(epoch, epochs)
+        getattr(self.loss, "set_epoch", _nothing)(epoch, epochs)
 
     def split(self, against: tuple[Tensor, ...]) -> tuple[Tensor | None, tuple[Tensor, ...]]:
         """The teacher's logits, if the loss needs any, and the rest."""
@@ -149,8 +147,8 @@ class TopK(Wrapper):
     the student is biased towards them. ``rest=True`` adds one more class, the logsumexp of all others, which keeps
     the probabilities of the ``k`` exact at temperature 1.
 
-    Shapes: student and teacher logits ``(B, K)``; the held loss sees ``(B, k)``, or ``(B, k + 1)`` with the rest. Floor:
-    the held loss's. Labels: no loss that needs them can be held, for the label may not be among the ``k``.
+    Shapes: student and teacher logits ``(B, K)``; the held loss sees ``(B, k)``, or ``(B, k + 1)`` with the rest.
+    Floor: the held loss's. Labels: no loss that needs them can be held, for the label may not be among the ``k``.
 
     Args:
         loss: a loss between logits that needs the teacher only.
