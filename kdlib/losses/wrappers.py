@@ -49,8 +49,8 @@ class Standardized(Wrapper):
     The student then need not match the teacher's range, only its order and proportions. As in the published code,
     ``std`` is the unbiased one (``K − 1``) and ``1e-7`` is added to it.
 
-    Shapes: logits ``(B, K)``, and what the held loss needs. Floor and labels: the held loss's. The published weight is
-    9 with ``SoftTarget(2.0)`` inside.
+    Shapes: logits ``(B, K)``, and what the held loss needs. Floor: the held loss's. Labels: as the held loss. The
+    published weight is 9 with ``SoftTarget(2.0)`` inside.
 
     Args:
         loss: any loss between logits.
