@@ -40,11 +40,11 @@ def seeded(*key: int | str, device: torch.device | str = "cpu") -> Iterator[None
     if device.type == "cuda":
         torch.cuda.init()
         cuda = torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.default_generator.get_state()  # noqa: NPY002
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
     before = None if cuda is None else cuda.get_state()
     try:
         random.seed(seed)
-        np.random.seed([seed & 0xFFFFFFFF, seed >> 32])  # noqa: NPY002
+        np.random.seed([seed & 0xFFFFFFFF, seed >> 32])
         # torch.manual_seed would seed every device, and only one is put back
         torch.default_generator.manual_seed(seed)
         if cuda is not None:
@@ -52,7 +52,7 @@ def seeded(*key: int | str, device: torch.device | str = "cpu") -> Iterator[None
         yield
     finally:
         random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002
+        np.random.set_state(numpy)
         torch.default_generator.set_state(cpu)
         if cuda is not None and before is not None:
             cuda.set_state(before)

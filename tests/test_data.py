@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import importlib.resources
+import multiprocessing
 import pickle
 import random
 import re
@@ -242,7 +243,7 @@ def test_image_size_resizes_on_the_device() -> None:
 
 
 def global_states() -> tuple[Any, ...]:
-    numpy = np.random.get_state()  # noqa: NPY002
+    numpy = np.random.get_state()
     return random.getstate(), numpy[1].tobytes(), numpy[2:], torch.get_rng_state().numpy().tobytes()
 
 
@@ -284,6 +285,21 @@ def test_file_batches_depend_on_the_key_only(folder: Path, workers: int) -> None
     evaluated = list(data.test.epoch())
     assert same(evaluated, list(small(folder).test.epoch()))
     assert global_states() == before
+
+
+@pytest.mark.parametrize("kind", ["arrays", "files"])
+def test_an_image_is_augmented_anew_in_each_epoch(folder: Path, kind: str) -> None:
+    augment = Augment(flip=0.5, rand_augment="rand-m9-n3-p1.0")
+    data = (
+        load(limit=27, batch_size=27, augment=augment)
+        if kind == "arrays"
+        else small(folder, augment=augment, batch_size=27)
+    )
+    epochs = []
+    for epoch in range(2):
+        order = EpochBatches(27, 27, train=True).rows(epoch)[0]
+        epochs.append(next(data.train.epoch(epoch))[0][order.argsort()])
+    assert all(not torch.equal(a, b) for a, b in zip(*epochs, strict=True))
 
 
 def test_global_state_is_untouched_while_a_batch_is_held(folder: Path) -> None:
@@ -731,6 +747,7 @@ def test_corrupt_images_are_named(tmp_path: Path, split: str, how: str, workers:
         list((data.train if split == "train" else data.test).epoch(0))
     one_line(error, str(bad), "repair or remove it")
     assert "Traceback" not in str(error.value)
+    assert not multiprocessing.active_children()
 
 
 @pytest.mark.parametrize("how", ["text", "header"])

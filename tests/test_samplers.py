@@ -11,7 +11,7 @@ from kdlib.samplers import EpochBatches, epoch_order, generator, seeded, shard, 
 
 
 def draw() -> tuple[float, float, float]:
-    return random.random(), float(np.random.rand()), float(torch.rand(()))  # noqa: NPY002
+    return random.random(), float(np.random.rand()), float(torch.rand(()))
 
 
 def test_hash_is_the_same_on_every_machine() -> None:
@@ -24,9 +24,9 @@ def test_hash_is_the_same_on_every_machine() -> None:
 
 def test_seeded_repeats_and_puts_everything_back() -> None:
     before = draw()
-    random.seed(1), np.random.seed(1), torch.manual_seed(1)  # noqa: NPY002
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
     expected = [draw() for _ in range(3)]
-    random.seed(1), np.random.seed(1), torch.manual_seed(1)  # noqa: NPY002
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
     got = [draw()]
     with seeded(7, "a", 0):
         inside = draw()
