@@ -18,13 +18,36 @@ from torch import Tensor, nn
 from .. import schedules, terms
 from ..adapters import Renormalize
 from ..config import ConfigError
-from ..data import Data
+from ..data import Augment, Data
+from ..data import load as load_data
+from ..distiller import Panel
 from ..losses import LOSSES
 from ..pairing import Pair, pair
 from .schema import Named, Recipe, Student, Teacher, Term
 
 Convert = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 """Turns a checkpoint of foreign names into the state dict of a model here; ValueError if it does not know it."""
+
+
+def open_data(recipe: Recipe, device: torch.device, rank: int, world_size: int) -> Data:
+    """The data of a recipe, as this process sees them.
+
+    Raises:
+        ConfigError: whatever is wrong with them, as ``data.load`` says it.
+    """
+    arguments = dict(recipe.data)
+    try:
+        if "augment" in arguments:
+            arguments["augment"] = Augment(**arguments["augment"])
+        return load_data(
+            **arguments,
+            seed=recipe.seed,
+            device=device,
+            rank=rank,
+            world_size=world_size,
+        )
+    except (ValueError, OSError) as error:
+        raise ConfigError([f"data: {error}"]) from None
 
 
 def build_model(spec: Named, data: Data, where: str) -> nn.Module:
@@ -152,7 +175,7 @@ def _pairs(spec: Term, loss: nn.Module, student: nn.Module, panel: nn.Module, me
     return pair(student, panel, mine, teacher)
 
 
-def build_prepare(recipe: Recipe, data: Data, panel: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+def build_prepare(recipe: Recipe, data: Data, panel: Panel) -> dict[str, nn.Module]:
     """For each teacher whose input differs from the student's, the module that bridges normalisation and size."""
     built: dict[str, nn.Module] = {}
     for name, spec in recipe.teachers.items():

@@ -1,0 +1,169 @@
+"""What a run leaves on disk, and how it is read back.
+
+A checkpoint is a folder ``step-00000390/`` with ``state.safetensors`` (every tensor), ``state.json`` (the rest) and
+``manifest.json`` (size and SHA-256 of both). It is written under another name, synced, and moved into place whole, so
+it exists completely or not at all; only then is an older one deleted, and two are kept. Reading never runs code:
+tensors are safetensors, the rest is JSON.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+KEEP = 2
+TENSOR = "@tensor"
+"""Marks the place of a tensor in the JSON tree."""
+
+
+def save(folder: Path, step: int, state: Mapping[str, Any], keep: int = KEEP) -> Path:
+    """Writes the checkpoint of ``step`` and deletes all but the ``keep`` newest.
+
+    Args:
+        state: a tree of mappings and lists whose leaves are tensors or what JSON can say.
+
+    Raises:
+        OSError: the disk is full or the folder read-only; older checkpoints are untouched.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for stale in folder.glob(".tmp-*"):
+        shutil.rmtree(stale, ignore_errors=True)
+    target, draft = folder / f"step-{step:08d}", folder / f".tmp-{step}-{os.getpid()}"
+    try:
+        draft.mkdir()
+        tensors: dict[str, Tensor] = {}
+        tree = _split(state, "", tensors)
+        save_file(tensors, draft / "state.safetensors")
+        (draft / "state.json").write_text(json.dumps(tree))
+        files = {file.name: {"bytes": file.stat().st_size, "sha256": _digest(file)} for file in sorted(draft.iterdir())}
+        (draft / "manifest.json").write_text(json.dumps({"step": step, "files": files}, indent=1))
+        for file in [*draft.iterdir(), draft]:
+            _sync(file)
+        if target.exists():
+            shutil.rmtree(target)
+        draft.rename(target)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+    _sync(folder)
+    for old in _steps(folder)[keep:]:
+        shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def load_latest(folder: Path) -> tuple[int, dict[str, Any], list[str]] | None:
+    """``(step, state, notes)`` of the newest checkpoint that is whole, or None where there is none at all.
+
+    ``notes`` has a line for each newer one that was damaged and passed over.
+
+    Raises:
+        ValueError: there are checkpoints and every one is damaged; says what is wrong with each.
+    """
+    notes: list[str] = []
+    for path in _steps(folder):
+        try:
+            manifest = json.loads((path / "manifest.json").read_text())
+            for name, told in manifest["files"].items():
+                if _digest(path / name) != told["sha256"]:
+                    raise ValueError(f"{name} is not what was written (SHA-256 differs)")
+            tensors = load_file(path / "state.safetensors")
+            tree = _join(json.loads((path / "state.json").read_text()), tensors)
+            return int(manifest["step"]), tree, notes
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            reason = f"{getattr(error, 'strerror', None) or error}"
+            notes.append(f"checkpoint {path.name} is damaged and was passed over: {reason}")
+    if notes:
+        raise ValueError(f"no checkpoint in {folder} can be read: {'; '.join(notes)}; delete the folder to start anew")
+    return None
+
+
+def save_weights(model: nn.Module, path: Path) -> None:
+    """A model's state dict as safetensors, moved into place whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".tmp-{path.name}")
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}, draft)
+    _sync(draft)
+    draft.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """JSON, moved into place whole."""
+    draft = path.with_name(f".tmp-{path.name}")
+    draft.write_text(json.dumps(value, indent=2) + "\n")
+    draft.replace(path)
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """The global random generators of this process, as ``save`` can write them."""
+    kind, keys, position, has_gauss, cached = np.random.get_state()
+    version, internal, gauss = random.getstate()
+    state: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "numpy": [kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), int(position), int(has_gauss), cached],
+        "python": [version, list(internal), gauss],
+    }
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
+    """Puts back what ``random_state`` told."""
+    torch.set_rng_state(state["torch"])
+    kind, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def _split(tree: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    """The tree with its tensors taken out into ``tensors``, by path."""
+    if isinstance(tree, Tensor):
+        tensors[path] = tree.detach().cpu().contiguous().clone()
+        return {TENSOR: path}
+    if isinstance(tree, Mapping):
+        wrong = [key for key in tree if not isinstance(key, str | int)]
+        assert not wrong, f"checkpoint keys are text or integers, got {wrong}"
+        return {f"{key}": _split(value, f"{path}/{key}", tensors) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [_split(value, f"{path}/{i}", tensors) for i, value in enumerate(tree)]
+    assert tree is None or isinstance(tree, bool | int | float | str), f"{path}: JSON has no {type(tree).__name__}"
+    return tree
+
+
+def _join(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(tree, dict):
+        return tensors[tree[TENSOR]] if TENSOR in tree else {key: _join(value, tensors) for key, value in tree.items()}
+    return [_join(value, tensors) for value in tree] if isinstance(tree, list) else tree
+
+
+def _steps(folder: Path) -> list[Path]:
+    """Checkpoints, newest first."""
+    return sorted((p for p in folder.glob("step-*") if re.fullmatch(r"step-\d+", p.name)), reverse=True)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,177 @@
+"""The one loop: train, evaluate, save, resume, log; accelerate knows devices, processes and precision."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from timm.scheduler.scheduler import Scheduler
+from torch import Tensor, nn
+
+from . import checkpoint
+from .data import Data
+from .data import Loader as Batches
+from .distiller import Distilled, Distiller, Teacher
+from .progress import Bar, bar, say
+
+
+@dataclass
+class Training:
+    """Everything that one run trains with, and how long.
+
+    ``start`` goes on from the newest checkpoint in ``folder``, epoch by epoch; a run that was stopped and started again
+    with the same command repeats the epoch that it was stopped in.
+    """
+
+    distiller: Distiller
+    teacher: Teacher | None
+    """None where no term reads a teacher."""
+    data: Data
+    optimizer: torch.optim.Optimizer
+    scheduler: Scheduler
+    accelerator: Accelerator
+    folder: Path
+    epochs: int
+    title: str = "train"
+    accumulate: int = 1
+    clip_grad: float | None = None
+    channels_last: bool = False
+    compile: bool = False
+    log_every: int = 50
+    eval_every: int = 1
+
+    def run(self) -> dict[str, float]:
+        """Trains to the end and returns the last evaluation: ``top1``, ``top5`` in percent and ``loss``."""
+        main = self.accelerator.is_main_process
+        if self.compile:  # hooks are registered by now; a hook that came after compiling would never fire
+            self.distiller.compile(fullgraph=True)
+            if self.teacher is not None:
+                self.teacher.compile(fullgraph=True)
+        self.accelerator.gradient_accumulation_steps = self.accumulate
+        first, step, result = self._resume()
+        self.engine, self.prepared = self.accelerator.prepare(self.distiller, self.optimizer)
+        steps = len(self.data.train)
+        with bar(self.title, self.epochs * steps, first * steps, main) as progress:
+            for epoch in range(first, self.epochs):
+                started = perf_counter()
+                self.distiller.set_epoch(epoch, self.epochs)
+                if self.teacher is not None:
+                    self.teacher.set_epoch(epoch, self.epochs)
+                means, step = self._epoch(epoch, step, progress)
+                if (epoch + 1) % self.eval_every == 0 or epoch + 1 == self.epochs:
+                    result = evaluate(self.distiller.student, self.data.test, self.accelerator, self.channels_last)
+                    progress.say(f"top-1 {result['top1']:.2f} %")
+                seconds = perf_counter() - started
+                rate = self.data.train.samples * self.accelerator.num_processes / seconds
+                weights = self.distiller.weights_in_force()
+                done = {"epoch": epoch + 1, "step": step, **means, **result}
+                self._log({**done, "weights": weights, "seconds": seconds, "images_per_second": rate})
+                if main:
+                    self._save(epoch + 1, step, result)
+                self.accelerator.wait_for_everyone()
+        self.accelerator.free_memory()
+        return result
+
+    def _epoch(self, epoch: int, step: int, progress: Bar) -> tuple[dict[str, Any], int]:
+        """One pass over the training images. Sums stay on the device until a log line wants them."""
+        self.engine.train()
+        sums: dict[str, Tensor] = {}
+        counts: dict[str, int] = {}
+        for i, (images, labels) in enumerate(self.data.train.epoch(epoch), start=1):
+            out = self._step(images, labels)
+            for name, value in {"loss": out.loss.detach(), **out.terms}.items():
+                sums[name] = sums[name] + value if name in sums else value.clone()
+                counts[name] = counts.get(name, 0) + 1
+            if self.accelerator.sync_gradients:
+                step += 1
+                self.scheduler.step_update(step)
+            progress.advance()
+            if i % self.log_every == 0:
+                means = self._means(sums, counts)
+                progress.say(f"loss {means['loss']:.4f}")
+                self._log({"epoch": epoch + i / len(self.data.train), "step": step, **means, "lr": self._lr()})
+        return {**self._means(sums, counts), "lr": self._lr()}, step
+
+    def _step(self, images: Tensor, labels: Tensor) -> Distilled:
+        if self.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        with self.accelerator.accumulate(self.engine):
+            targets = {"@labels": labels}
+            if self.teacher is not None:
+                with self.accelerator.autocast():
+                    targets |= self.teacher(images)
+            out: Distilled = self.engine(images, targets)
+            self.accelerator.backward(out.loss)
+            if self.clip_grad is not None and self.accelerator.sync_gradients:
+                self.accelerator.clip_grad_norm_(self.distiller.parameters(), self.clip_grad)
+            self.prepared.step()
+            self.prepared.zero_grad()
+        return out
+
+    def _means(self, sums: dict[str, Tensor], counts: dict[str, int]) -> dict[str, Any]:
+        stacked = torch.stack([total.float() / counts[name] for name, total in sums.items()])
+        mean = self.accelerator.reduce(stacked, reduction="mean").tolist()
+        values = dict(zip(sums, mean, strict=True))
+        return {"loss": values.pop("loss"), "terms": values}
+
+    def _lr(self) -> float:
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def _log(self, line: dict[str, Any]) -> None:
+        if self.accelerator.is_main_process:
+            with (self.folder / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def _save(self, epoch: int, step: int, result: dict[str, float]) -> None:
+        state = {
+            "epoch": epoch,
+            "result": result,
+            "distiller": self.distiller.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "random": checkpoint.random_state(self.accelerator.device),
+        }
+        checkpoint.save(self.folder / "checkpoints", step, state)
+
+    def _resume(self) -> tuple[int, int, dict[str, float]]:
+        """(epochs done, steps done, last evaluation) of the newest whole checkpoint, its state put back."""
+        found = checkpoint.load_latest(self.folder / "checkpoints")
+        if found is None:
+            return 0, 0, {}
+        step, state, notes = found
+        for note in notes:
+            say(note, self.accelerator.is_main_process)
+        self.distiller.load_state_dict(state["distiller"])
+        optimizer = state["optimizer"]
+        optimizer["state"] = {int(key): value for key, value in optimizer["state"].items()}  # JSON keys are text
+        self.optimizer.load_state_dict(optimizer)
+        self.scheduler.step_update(step)
+        checkpoint.set_random_state(state["random"], self.accelerator.device)
+        say(f"{self.title}: goes on after epoch {state['epoch']} of {self.epochs}", self.accelerator.is_main_process)
+        return state["epoch"], step, state["result"]
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, batches: Batches, accelerator: Accelerator, channels_last: bool = False
+) -> dict[str, float]:
+    """Top-1 and top-5 in percent over all ranks, every image counted once; the model's mode is restored."""
+    training = model.training
+    model.eval()
+    sums = torch.zeros(4, device=accelerator.device)
+    for images, labels in batches.epoch(0):
+        if channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        with accelerator.autocast():
+            logits = model(images)
+        ranked = logits.float().topk(min(5, logits.shape[-1])).indices == labels[:, None]
+        loss = nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
+        hits = ranked.float()
+        sums += torch.stack([hits[:, 0].sum(), hits.sum(), loss, torch.full_like(loss, len(labels))])
+    model.train(training)
+    top1, top5, loss, count = accelerator.reduce(sums, reduction="sum").tolist()
+    return {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "test_loss": loss / count}

@@ -1,0 +1,91 @@
+"""Shared by all tests: the repository root on the path (recipes are not installed), one thread, two tiny models."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+GOLDENS = ROOT / "tests" / "goldens"
+
+
+class Block(nn.Module):
+    """Two convolutions with a residual, so that there is something to tap."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mixer = nn.Conv2d(width, width, 3, padding=1)
+        self.mlp = nn.Conv2d(width, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mlp(torch.tanh(self.mixer(x)))
+
+
+class Tiny(nn.Module):
+    """Stages of blocks over 8 px images, a small stand-in for a vision backbone."""
+
+    def __init__(self, widths: tuple[int, ...] = (6, 8), depths: tuple[int, ...] = (2, 2), classes: int = 5) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, widths[0], 3, padding=1)
+        self.stages = nn.ModuleList()
+        for i, (width, depth) in enumerate(zip(widths, depths, strict=True)):
+            stage = nn.Module()
+            stage.down = nn.Conv2d(widths[max(i - 1, 0)], width, 2, 2) if i else nn.Identity()
+            stage.blocks = nn.ModuleList(Block(width) for _ in range(depth))
+            self.stages.append(stage)
+        self.drop = nn.Dropout(0.1)
+        self.norm = nn.BatchNorm2d(widths[-1])
+        self.head = nn.Linear(widths[-1], classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for stage in self.stages:
+            x = stage.down(x)
+            for block in stage.blocks:
+                x = block(x)
+        return self.head(self.drop(self.norm(x).mean((2, 3))))
+
+
+def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Every parameter drawn anew: fresh initialisation (ones, zeros) hides errors."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+@pytest.fixture(autouse=True)
+def _steady() -> None:
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def student() -> nn.Module:
+    return randomise(Tiny((6, 8)), seed=1)
+
+
+@pytest.fixture
+def teacher() -> nn.Module:
+    return randomise(Tiny((6, 8)), seed=2)
+
+
+@pytest.fixture
+def wide() -> nn.Module:
+    return randomise(Tiny((10, 12), (2, 4)), seed=3)
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(4))
+
+
+@pytest.fixture
+def labels() -> Tensor:
+    return torch.tensor([0, 1, 2, 3])

@@ -1,0 +1,139 @@
+"""Taps: capture by name, silence outside the context, and every way in which a tap can be wrong."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from kdlib.taps import Taps
+
+
+def test_output_and_input_are_the_tensors_themselves(student: nn.Module, images: Tensor) -> None:
+    taps = Taps(student, ["stages.0.blocks.1", "stages.0.blocks.1:input", "stages.0.blocks.0"])
+    with taps as seen:
+        student(images)
+    assert seen["stages.0.blocks.1:input"] is seen["stages.0.blocks.0"]
+    torch.testing.assert_close(seen["stages.0.blocks.1"], student.stages[0].blocks[1](seen["stages.0.blocks.0"]))
+
+
+def test_hooks_are_silent_outside_and_gone_after_remove(student: nn.Module, images: Tensor) -> None:
+    taps = Taps(student, ["stem"])
+    with taps as seen:
+        student(images)
+    first = seen["stem"]
+    student(images)
+    assert seen["stem"] is first
+    taps.remove()
+    assert not student.stem._forward_hooks
+
+
+def test_unknown_name_names_the_nearest(student: nn.Module) -> None:
+    with pytest.raises(
+        ValueError, match=r"no tap 'stages.0.blocks.1.mixr' in Tiny; did you mean 'stages.0.blocks.1.mixer'"
+    ):
+        Taps(student, ["stages.0.blocks.1.mixr"])
+    with pytest.raises(ValueError, match="only 'input'"):
+        Taps(student, ["stem:inptu"])
+
+
+class Odd(nn.Module):
+    """Each way to be untappable."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused, self.twice, self.pair = nn.Identity(), nn.Tanh(), Pair()
+        self.changed, self.relu = nn.Linear(3, 3), nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, _ = self.pair(x)
+        return self.relu(self.changed(self.twice(self.twice(a))))
+
+
+class Pair(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, x
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("unused", "never fired in this forward: .'unused'"),
+        ("twice", "'twice' fired twice"),
+        ("pair", "'pair' gave tuple, not a tensor"),
+        ("changed", "changed in place after their tap: .'changed'"),
+    ],
+)
+def test_bad_taps_raise_and_name_themselves(name: str, message: str) -> None:
+    model = Odd()
+    with pytest.raises(RuntimeError, match=message), Taps(model, [name]):
+        model(torch.randn(2, 3))
+
+
+def test_an_error_of_the_model_passes_through(student: nn.Module) -> None:
+    with pytest.raises(RuntimeError, match="expected input"), Taps(student, ["head"]):
+        student(torch.randn(4, 2, 8, 8))
+
+
+def test_deepcopy_and_pickle_give_silent_independent_hooks(student: nn.Module, images: Tensor) -> None:
+    student.taps = Taps(student, ["stem"])  # beside the model, as a Distiller holds it
+    for twin in (copy.deepcopy(student), pickle.loads(pickle.dumps(student))):
+        with student.taps as seen:
+            twin(images)
+            assert not seen
+            student(images)
+        with twin.taps as seen:
+            twin(images)
+        assert seen["stem"].shape == (4, 6, 8, 8)
+
+
+@pytest.mark.parametrize("stop", [False, True])
+def test_early_stop_ends_the_forward_after_the_last_live_tap(student: nn.Module, images: Tensor, stop: bool) -> None:
+    ran = []
+    student.head.register_forward_hook(lambda *_: ran.append("head"))
+    taps = Taps(student, ["stem", "stages.0.blocks.0", "stages.1.blocks.0"])
+    taps.live = ("stem", "stages.0.blocks.0")
+    with taps(stop_early=stop) as seen:
+        student(images)
+    assert set(seen) == set(taps.live)
+    assert ran == ([] if stop else ["head"])
+
+
+def test_recomputation_under_checkpointing_leaves_the_capture_alone(student: nn.Module, images: Tensor) -> None:
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = student
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(self.body, x, use_reentrant=False)
+
+    model = Checkpointed().eval()
+    with Taps(model, ["body.stages.0.blocks.0"]) as seen:
+        out = model(images)
+    captured = seen["body.stages.0.blocks.0"]
+    (out.sum() + captured.square().sum()).backward()
+    got = student.stem.weight.grad.clone()
+    student.zero_grad()
+    with Taps(student, ["stages.0.blocks.0"]) as seen:
+        out = student(images)
+    (out.sum() + seen["stages.0.blocks.0"].square().sum()).backward()
+    assert torch.equal(got, student.stem.weight.grad)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_hooks_set_before_compiling_fire_in_one_graph(student: nn.Module, images: Tensor, backend: str) -> None:
+    taps = Taps(student.eval(), ["stages.0.blocks.0"])
+
+    @torch.compile(fullgraph=True, backend=backend)
+    def look(x: Tensor) -> Tensor:
+        with taps as seen:
+            student(x)
+        return seen["stages.0.blocks.0"]
+
+    for _ in range(2):
+        torch.testing.assert_close(look(images), student.stages[0].blocks[0](student.stem(images)))
