@@ -1,8 +1,8 @@
 """What every loss must obey. ``LAWS`` are functions of a ``Subject``; test_losses_laws.py runs each over ``LOSSES``.
 
-A subject is derived from what the loss declares (view, against, lists, soft_labels, wants_head, floor). ``SPECIAL`` holds
-only what cannot be derived: constructor arguments, and what is peculiar to a loss. A loss of one's own passes through
-the same laws: ``for law in LAWS: law(Subject("mine", MyLoss))``.
+A subject is derived from what the loss declares (view, against, lists, soft_labels, floor). ``SPECIAL`` holds only what
+cannot be derived: constructor arguments, and what is peculiar to a loss. A loss of one's own passes through the same
+laws: ``for law in LAWS: law(Subject("mine", MyLoss))``.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import copy
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pytest
@@ -223,11 +224,15 @@ def law_finite_at_large_features(case: Subject) -> None:
 def law_finite_at_constant_features(case: Subject) -> None:
     for level in (0.1, 3.0):
         inputs = case.inputs()
-        constant = tuple(fresh(x, lambda t: torch.full_like(t, level) if t.is_floating_point() else t) for x in inputs)
+        constant = tuple(fresh(x, partial(_filled, level)) for x in inputs)
         finite(case, case.fitted(inputs), constant)
         mixed = (constant[0], *inputs[1:])
         finite(case, case.fitted(inputs), (fresh(mixed[0]), *mixed[1:]))
         finite(case, case.fitted(inputs), (inputs[0], *constant[1:]))
+
+
+def _filled(level: float, t: Tensor) -> Tensor:
+    return torch.full_like(t, level) if t.is_floating_point() else t
 
 
 def law_finite_at_zero_features(case: Subject) -> None:

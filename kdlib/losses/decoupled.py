@@ -78,8 +78,8 @@ class NKD(Loss):
     Yang et al., From Knowledge Distillation to Self-Knowledge Distillation, 2023, section 3. arXiv:2303.13005
 
     >>> logits = torch.tensor([[50.0, 0.0]])
-    >>> NKD()(logits, logits, torch.tensor([0])).item()
-    0.0
+    >>> abs(NKD()(logits, logits, torch.tensor([0])).item()) < 1e-6
+    True
     """
 
     against = ("teacher", "labels")
@@ -126,8 +126,8 @@ class OFA(Loss):
     Hao et al., One-for-All, 2023, section 3. arXiv:2310.19444
 
     >>> logits = torch.tensor([[50.0, 0.0]])
-    >>> OFA(eps=1.5)(logits, logits, torch.tensor([0])).item()
-    0.0
+    >>> abs(OFA(eps=1.5)(logits, logits, torch.tensor([0])).item()) < 1e-6
+    True
     """
 
     against = ("teacher", "labels")
