@@ -30,7 +30,7 @@ class DIST(Loss):
 
     Huang et al., Knowledge Distillation from A Stronger Teacher, 2022, section 3. arXiv:2205.10536
 
-    >>> logits = torch.tensor([[2.0, 0.0, -1.0], [0.0, 1.0, 3.0]])
+    >>> logits = torch.tensor([[2.0, 0.0, -1.0], [0.0, 3.0, 1.0]])
     >>> abs(DIST()(logits, logits).item()) < 1e-5
     True
     """
