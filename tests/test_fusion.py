@@ -133,6 +133,7 @@ def test_fused_keeps_mode_dtype_and_shares_nothing(level):
     model = small(drop_path_rate=0.2).train().to(torch.bfloat16)
     fused = fuse(model, level)
     assert all(module.training for module in fused.modules())
+    assert not any(module.training for module in fuse(copy.deepcopy(model).eval(), level).modules())
     assert all(p.dtype == torch.bfloat16 and not p.is_meta and p.requires_grad for p in fused.parameters())
     before = copy.deepcopy(model.state_dict())
     with torch.no_grad():

@@ -146,6 +146,9 @@ def test_resize_state_dict():
     weight = resized["stages.0.blocks.0.filter.complex_weight"]
     assert weight.shape == (24, 9, 16, 2)
     assert torch.allclose(weight, torch.tensor([2.0, -1.0]).expand_as(weight))
+    ends = [0, -1]  # align_corners: the first and the last frequency stay where they are
+    for name in ("stages.1.blocks.0.filter.complex_weight", "stages.2.blocks.1.filter.complex_weight"):
+        assert torch.allclose(resized[name][ends], state[name][ends], atol=1e-6)
     rows = resized["pos_embed"].unflatten(1, (24, 16))[0]
     assert torch.allclose(rows - rows[..., :1], torch.arange(16.0).expand_as(rows), atol=1e-4)
     assert (rows[1:, 0, 0] > rows[:-1, 0, 0]).all() and torch.equal(rows[:, :1].expand_as(rows), rows)

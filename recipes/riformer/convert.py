@@ -63,10 +63,7 @@ def _network_rules(prefix: str, norm: str, head: str) -> tuple[Rule, ...]:
     return (
         (rf"{prefix}patch_embed\.proj\.(weight|bias)", r"stem.conv.\1"),
         (rf"{prefix}network\.(\d*[02468])\.(\d+)\.({inner})", block),
-        (
-            rf"{prefix}network\.(\d*[02468])\.(\d+)\.(layer_scale_[12])",
-            lambda m: f"{block(m).replace('e_', 'e')}.scale",
-        ),
+        (rf"{prefix}network\.(\d*[02468])\.(\d+)\.layer_scale_([12])", layer_scale),
         (rf"{prefix}network\.(\d*[13579])\.proj\.(weight|bias)", downsample),
         (rf"{norm}\.(weight|bias)", r"norm.\1"),
         (rf"{head}\.(weight|bias)", r"head.\1"),

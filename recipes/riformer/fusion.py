@@ -242,9 +242,9 @@ FOLDS = {"norm": fold_norm, "full": fold_full}
 
 
 def fuse_block(block: nn.Module, level: str) -> nn.Module:
-    """A new block of form `level` that computes the same function as `block`, a Block in an earlier form."""
+    """A new block of form `level` that computes the same function as `block`, a Block in an earlier form; in training mode."""
     assert isinstance(block.args, BlockArgs)
     with torch.device("meta"):
         fused = BLOCKS[level](block.args)
     fused.load_state_dict(FOLDS[level](block.state_dict()), assign=True)
-    return fused.train(block.training)
+    return fused

@@ -232,7 +232,7 @@ def _refuse_pool(token_mixer: str) -> None:
         )
 
 
-def fuse(model: MetaFormer, level: str = "norm") -> MetaFormer:
+def fuse(model: nn.Module, level: str = "norm") -> MetaFormer:
     """A copy of `model` with its token mixers folded away; the same function of the image. `model` is not changed.
 
     Level "norm" is the paper's re-parameterisation (Eq. 3-4): the affine mixer goes into the norm before it. Level
@@ -257,7 +257,8 @@ def fuse(model: MetaFormer, level: str = "norm") -> MetaFormer:
     for stage in list(fused.modules()):
         if isinstance(stage, Stage):
             stage.form = level
-            stage.blocks = nn.Sequential(*(fuse_block(block, level) for block in stage.blocks))
+            blocks = nn.Sequential(*(fuse_block(block, level) for block in stage.blocks))
+            stage.blocks = blocks.train(stage.training)
     return fused.to(memory_format=torch.channels_last) if level == "full" else fused
 
 
