@@ -317,8 +317,8 @@ def test_close_samples_keep_their_distances():
 
 def test_dkd_is_exact_where_a_mask_of_minus_1000_is_not():
     """Logits beyond 1000 outweigh a subtracted mask; they do not outweigh -inf."""
-    student = torch.tensor([[3000.0, 0.0, 1.0]], dtype=torch.float64)
-    teacher = torch.tensor([[5000.0, 1.0, 0.0]], dtype=torch.float64)
+    student = torch.tensor([[3000.0, -2000.0, -1999.0]], dtype=torch.float64)
+    teacher = torch.tensor([[5000.0, -1999.0, -2000.0]], dtype=torch.float64)
     value = losses.DKD(alpha=0.0, beta=1.0, temperature=1.0)(student, teacher, torch.tensor([0]))
     p, q = math.e / (1 + math.e), 1 / (1 + math.e)
     assert value.item() == pytest.approx((p - q) * math.log(p / q))

@@ -60,7 +60,7 @@ class InfoNCE(Loss):
 
 
 class CRD(Learned):
-    r"""Noise-contrastive estimation against a memory of every sample's embedding, from both sides.
+    r"""``−log e_i / (e_i + c) − Σ_j log c / (e_j + c)``: own embedding against others from a memory, from both sides.
 
     ``u = unit(W x + b)`` on each side. With ``e_ij = exp(⟨other side's memory[j], u_i⟩ / T) / Z``, positive ``j = i``
     and ``n`` negatives drawn uniformly from the data set, and ``c = n / samples``:

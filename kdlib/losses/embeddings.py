@@ -13,9 +13,9 @@ from .base import Loss, check_alike, check_choice, check_positive, full_precisio
 
 
 class RKDDistance(Loss):
-    r"""Smooth-L1 (beta 1) between the pairwise distances of student and teacher, each over its own mean distance.
+    r"""``smooth-L1(d_s / mean d_s, d_t / mean d_t)`` of the distances ``d`` between samples, beta 1, mean over pairs.
 
-    Mean over all ``B²`` pairs, the zero diagonal included, as published; the mean distance is over the others. No two
+    The mean is over all ``B²`` pairs, the zero diagonal included, as published; the mean distance is over others. No two
     samples count as closer than 1e-6. The published weight is 25.
 
     Shapes: student ``(B, D)``, teacher ``(B, D')``. Floor: 0, where the configurations are similar. No labels. A batch
@@ -40,9 +40,9 @@ class RKDDistance(Loss):
 
 
 class RKDAngle(Loss):
-    r"""Smooth-L1 (beta 1) between the cosines of the angles at each sample ``i`` between any two others ``j``, ``k``.
+    r"""``smooth-L1(⟨e_ij, e_ik⟩_s, ⟨e_ij, e_ik⟩_t)``: cosines of the angles at each sample between any two others.
 
-    ``⟨e_ij, e_ik⟩`` with ``e_ij = (x_j − x_i) / |x_j − x_i|``, zero where the two coincide. Mean over all ``B³``
+    Beta is 1, and ``e_ij = (x_j − x_i) / |x_j − x_i|``, zero where the two coincide. Mean over all ``B³``
     triples, degenerate ones included, as published. The published weight is 50. The dot products come from the Gram
     matrix of the centred embeddings, ``G_jk − G_ij − G_ik + G_ii``, so no ``B × B × D`` tensor is made.
 

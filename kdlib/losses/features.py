@@ -10,11 +10,9 @@ from torch import Tensor
 from .algebra import channel_axis, pooled, unit
 from .base import Loss, check_alike, check_choice, full_precision
 
-Normalize = Literal["l2", "layer", "batch"]
-
 
 class FeatureMSE(Loss):
-    """Squared difference, mean over all elements.
+    """``(student − teacher)²``, mean over all elements.
 
     Shapes: student and teacher of one shape, read as tokens ``(B, N, C)`` unless the term says otherwise.
     Floor: 0. No labels. This is the imitation term of RIFormer, on block outputs and on token mixers alike.
@@ -36,7 +34,7 @@ class FeatureMSE(Loss):
 
     view = "tokens"
 
-    def __init__(self, normalize: Normalize | None = None) -> None:
+    def __init__(self, normalize: Literal["l2", "layer", "batch"] | None = None) -> None:
         super().__init__()
         check_choice(self, normalize=(normalize, (None, "l2", "layer", "batch")))
         self.normalize = normalize
@@ -88,7 +86,7 @@ class CosineDistance(Loss):
 
 
 class ChannelMean(Loss):
-    """Squared difference of the channels' spatial means, mean over samples and channels.
+    """``(mean s − mean t)²`` of each channel's mean over positions, mean over samples and channels.
 
     The statistics term of SRRL; the whole method is ``SRRL``.
 

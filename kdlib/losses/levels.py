@@ -16,7 +16,7 @@ from .learned import Learned, run
 
 
 class FSP(Loss):
-    r"""Squared difference of the flow matrices of consecutive levels, mean over entries and samples, sum over flows.
+    r"""``(F_s − F_t)²`` of the flows between consecutive levels, mean over entries and samples, sum over flows.
 
     The flow from level ``k`` to ``k + 1`` is ``F = f_kᵀ f_{k+1} / (H · W)``, a ``C_k × C_{k+1}`` matrix a sample; where
     the two grids differ, the larger map is averaged down. The paper sums over the entries of the matrix; the published
@@ -52,10 +52,10 @@ class FSP(Loss):
 
 
 class HierarchicalContext(Loss):
-    r"""Squared differences of maps and of their averages on grids of 4×4, 2×2 and 1×1, sum over levels (HCL).
+    r"""``Σ (MSE(f) + Σ_i 2⁻ⁱ MSE(pool_i f)) / (1 + Σ_i 2⁻ⁱ)`` over levels: maps, and their averages on small grids.
 
-    At each level: ``(MSE(f) + Σ_i 2⁻ⁱ MSE(pool_{l_i} f)) / (1 + Σ_i 2⁻ⁱ)``, where ``l_1, l_2, …`` are those of 4, 2, 1
-    that are below the map's height (as published, the height alone decides), and MSE is a mean over all elements.
+    The grids are those of 4×4, 2×2 and 1×1, in this order, that are below the map's height (as published, the height
+    alone decides); MSE is a mean over all elements. HCL, for short.
 
     Shapes: lists of maps ``(B, C_k, H_k, W_k)`` of one shape at each level; vectors ``(B, C)`` count as 1×1 maps.
     Floor: 0. No labels.

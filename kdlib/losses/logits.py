@@ -45,7 +45,7 @@ class SoftTarget(Loss):
 
 
 class HardLabel(Loss):
-    """Cross-entropy with the teacher's most likely class as the label, mean over samples.
+    """``−log softmax(student)[argmax teacher]``: the teacher's most likely class as the label, mean over samples.
 
     Shapes: student and teacher logits ``(B, K)``. Floor: 0 (above it with smoothing). No labels.
 
@@ -78,7 +78,7 @@ class HardLabel(Loss):
 
 
 class CrossEntropy(Loss):
-    """Cross-entropy with labels, mean over samples.
+    """``−Σ y · log softmax(student)``: cross-entropy with the labels ``y``, mean over samples.
 
     Shapes: student logits ``(B, K)``; labels int64 ``(B,)``, or probabilities ``(B, K)`` as mixup gives them.
     Floor: 0 for integer labels (the labels' entropy for soft ones). Needs labels, soft ones allowed.

@@ -13,9 +13,9 @@ from .base import Loss, check_alike, check_choice, check_maps, check_positive, f
 
 
 class AttentionTransfer(Loss):
-    r"""How differently student and teacher spread their attention over the positions of each image.
+    r"""``(a_s − a_t)²`` of attention maps ``a = unit(Σ_c |f_c|^p)``: where in an image each of the two looks.
 
-    The attention map ``a`` is the flattened ``|f|^p``, summed over channels, at unit length. ``variant="code"`` is the
+    The attention map is flattened, and at unit length. ``variant="code"`` is the
     authors' code: mean over samples and positions of ``(a_s − a_t)²``, with ``f^p`` without the absolute value, which
     differs for odd ``p`` only. ``variant="paper"``: mean over samples of ``‖a_s − a_t‖``, the paper's term without its
     factor ``β / 2`` and its sum over layers; it is some hundred times larger.

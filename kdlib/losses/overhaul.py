@@ -13,10 +13,10 @@ from .learned import Learned, run
 
 
 class OFD(Learned):
-    r"""Squared gap to the margin ReLU of the teacher, ``m = max(teacher, margin)``, but where both are silent: a sum.
+    r"""``Σ (s − m)²`` where ``s > m`` or ``m > 0``, with ``m = max(teacher, margin)``: up to what the ReLU hides.
 
-    ``Σ (s − m)²`` over all elements with ``s > m`` or ``m > 0``; elsewhere the student is below a negative target,
-    which the next ReLU hides. The margin is negative, one a channel: the mean of the teacher's negative responses,
+    A sum over all elements; those left out are of a student below a negative target, which the next ReLU hides. The
+    margin is negative, one a channel: the mean of the teacher's negative responses,
     ``margin = b − |w| φ(b/|w|) / Φ(−b/|w|)`` if they are normal with mean ``b`` and deviation ``|w|``, as after a batch
     norm (``−3 |w|`` where ``Φ ≤ 0.001``). ``s`` is the student through a learned 1×1 convolution and batch norm.
 

@@ -44,7 +44,7 @@ class Wrapper(Loss):
 
 
 class Standardized(Wrapper):
-    r"""The held loss of standardised logits: ``z = (logits − mean) / (std + 1e-7)`` of each sample, on both sides.
+    r"""``loss(z_s, z_t)`` with ``z = (logits − mean) / (std + 1e-7)`` of each sample: standardised logits.
 
     The student then need not match the teacher's range, only its order and proportions. As in the published code,
     ``std`` is the unbiased one (``K − 1``) and ``1e-7`` is added to it.
@@ -141,7 +141,7 @@ class LearnableTemperature(Wrapper):
 
 
 class TopK(Wrapper):
-    r"""The held loss of the teacher's ``k`` most likely classes, each sample's own.
+    r"""``loss(student[top], teacher[top])``, where ``top`` are the teacher's ``k`` most likely classes of each sample.
 
     What the held loss makes of them is renormalised within these classes; the student's mass elsewhere is not seen, so
     the student is biased towards them. ``rest=True`` adds one more class, the logsumexp of all others, which keeps
