@@ -242,7 +242,7 @@ FOLDS = {"norm": fold_norm, "full": fold_full}
 
 
 def fuse_block(block: nn.Module, level: str) -> nn.Module:
-    """A new block of form `level` that computes the same function as `block`, a Block in an earlier form; in training mode."""
+    """A new block of form `level`, in training mode: the same function as `block`, which has an earlier form."""
     assert isinstance(block.args, BlockArgs)
     with torch.device("meta"):
         fused = BLOCKS[level](block.args)
