@@ -130,8 +130,7 @@ def test_files_and_wrappers(tmp_path):
 
 @pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
 def test_unknown_is_an_error_that_lists_what_was_expected(name):
-    with torch.device("meta"):
-        state = timm.create_model(name).state_dict()
+    state = timm.create_model(name).state_dict()
     with pytest.raises(ValueError, match=re.escape(next(iter(state)))) as error:
         convert(state)
     for source in SOURCES:
@@ -142,8 +141,7 @@ def test_another_variant_of_a_known_architecture_names_the_key():
     state = checkpoint("poolformer_small") | {"network.4.0.token_mixer.qkv.weight": torch.zeros(1)}
     with pytest.raises(ValueError, match=r"sail-sg, but has the key 'network\.4\.0\.token_mixer\.qkv\.weight'"):
         convert(state)
-    with torch.device("meta"):
-        state = timm.create_model("poolformerv2_s12").state_dict()
+    state = timm.create_model("poolformerv2_s12").state_dict()
     with pytest.raises(ValueError, match=r"PoolFormer of timm, but has the key 'stem\.norm\.weight'"):
         convert(state)
 
