@@ -7,23 +7,28 @@ from typing import TypeVar
 
 from torch import nn
 
+from .attention import AttentionTransfer
 from .base import Loss, Sum, View
-from .contrastive import CRD, InfoNCE
+from .contrastive import InfoNCE
 from .correlation import DIST, BatchCorrelation, ClassCorrelation
 from .decoupled import DKD, NKD, OFA
-from .embeddings import CCKD, PKT, CorrelationCongruence, RKDAngle, RKDDistance
+from .embeddings import CCKD, PKT, CorrelationCongruence
 from .features import ChannelMean, CosineDistance, FeatureMSE
 from .heads import SRRL, SimKD
-from .levels import FSP, HierarchicalContext, ReviewKD
+from .levels import FSP, HierarchicalContext
 from .logits import CrossEntropy, HardLabel, SoftTarget
-from .maps import NST, PKD, AttentionTransfer, ChannelWise
+from .maps import NST, PKD, ChannelWise
 from .matching import TTM, WTTM, Binary
+from .memory import CRD
 from .orthogonal import VkD
 from .overhaul import OFD
 from .projected import MGD, VID
 from .relations import GramRelation
+from .review import ReviewKD
+from .rkd import RKDAngle, RKDDistance
 from .similarity import ICKD, SimilarityPreserving
-from .wrappers import LearnableTemperature, Standardized, TopK
+from .temperature import LearnableTemperature
+from .wrappers import Standardized, TopK
 
 AnyLoss = TypeVar("AnyLoss", bound=type[nn.Module])
 

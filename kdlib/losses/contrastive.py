@@ -1,4 +1,4 @@
-"""Losses that tell a sample's own teacher embedding from other samples': InfoNCE in the batch, CRD from a memory."""
+"""InfoNCE: a sample's own teacher embedding against those of the other samples in the batch, on every rank."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from .algebra import unit
-from .base import Loss, check_alike, check_positive, full_precision
-from .learned import Learned, run
+from .base import Loss, full_precision
+from .checks import check_alike, check_positive
 
 
 class InfoNCE(Loss):
@@ -59,123 +59,6 @@ class InfoNCE(Loss):
         return f"temperature={self.temperature}, symmetric={self.symmetric}"
 
 
-class CRD(Learned):
-    r"""``−log e_i / (e_i + c) − Σ_j log c / (e_j + c)``: own embedding against others from a memory, from both sides.
-
-    ``u = unit(W x + b)`` on each side. With ``e_ij = exp(⟨other side's memory[j], u_i⟩ / T) / Z``, positive ``j = i``
-    and ``n`` negatives drawn uniformly from the data set, and ``c = n / samples``:
-
-    ``−Σ_i (log e_ii / (e_ii + c + 1e-7) + Σ_j log c / (e_ij + c + 1e-7)) / B``, summed over the two sides.
-
-    As published, ``Z`` is ``samples`` times the mean of ``exp(…)`` in the first batch and never changes; and after each
-    training step ``memory[i] ← unit(momentum · memory[i] + (1 − momentum) · u_i)``. The teacher's features get no
-    gradient, but the layer ``W, b`` on its side is trained. In eval mode the memories stay as they are.
-
-    With several processes, ``Z`` is the mean over ranks and every rank applies every rank's updates, so that memories
-    which DDP made equal at its construction stay equal; ``broadcast_buffers=False`` saves sending them at each step.
-    Scores are taken from one product with the whole memory where that allocates less than gathering negatives.
-
-    Shapes: student ``(B, D)``, teacher ``(B, D')``, indices in the data set int64 ``(B,)``. Floor: above 0, reached
-    where positives and negatives are told apart. Needs indices, no labels. Two buffers of ``samples · dim`` numbers.
-
-    Args:
-        samples: size of the data set.
-        dim: size of the common embedding.
-        negatives: ``n``, for each sample.
-        temperature: ``T > 0``.
-        momentum: of the memories, in ``[0, 1)``.
-        student_size, teacher_size: ``D``, ``D'``; left out, ``fit`` finds them.
-
-    Raises:
-        ValueError: an argument is out of range; not embeddings of one batch; called before its sizes are known.
-
-    Tian et al., Contrastive Representation Distillation, 2020, eq. 9-18. arXiv:1910.10699
-
-    >>> loss = CRD(samples=50, dim=8, negatives=16, student_size=4, teacher_size=6)
-    >>> loss(torch.rand(2, 4), torch.rand(2, 6), torch.tensor([7, 11])).shape
-    torch.Size([])
-    """
-
-    view = "embedding"
-    against = ("teacher", "indices")
-    floor = None
-    memory_student: Tensor
-    memory_teacher: Tensor
-    z: Tensor
-
-    def __init__(
-        self,
-        samples: int,
-        dim: int = 128,
-        negatives: int = 16384,
-        temperature: float = 0.07,
-        momentum: float = 0.5,
-        student_size: int | None = None,
-        teacher_size: int | None = None,
-    ) -> None:
-        super().__init__()
-        check_positive(self, samples=samples, dim=dim, negatives=negatives, temperature=temperature)
-        if not 0 <= momentum < 1:
-            raise ValueError(f"CRD: momentum must be in [0, 1), got {momentum}")
-        self.samples, self.dim, self.negatives = samples, dim, negatives
-        self.temperature, self.momentum = temperature, momentum
-        self.size(student_size, teacher_size)
-
-    def build(self, student_size: int, teacher_size: int) -> None:
-        self.embed_student = nn.Linear(student_size, self.dim)
-        self.embed_teacher = nn.Linear(teacher_size, self.dim)
-        bound = (3 / self.dim) ** 0.5
-        self.register_buffer("memory_student", torch.empty(self.samples, self.dim).uniform_(-bound, bound))
-        self.register_buffer("memory_teacher", torch.empty(self.samples, self.dim).uniform_(-bound, bound))
-        self.register_buffer("z", torch.full((2,), -1.0))
-
-    @full_precision
-    def forward(self, student: Tensor, teacher: Tensor, indices: Tensor, contrast: Tensor | None = None) -> Tensor:
-        self.require_fit()
-        if student.ndim != 2 or teacher.ndim != 2 or not len(student) == len(teacher) == indices.numel():
-            raise ValueError(
-                f"CRD takes embeddings (B, D) and indices (B,) of one batch, got student {tuple(student.shape)}, "
-                f"teacher {tuple(teacher.shape)}, indices {tuple(indices.shape)}"
-            )
-        if contrast is None:
-            drawn = torch.randint(self.samples, (len(student), self.negatives), device=student.device)
-            contrast = torch.cat([indices[:, None], drawn], dim=1)
-        u_s, u_t = unit(run(self.embed_student, student)), unit(run(self.embed_teacher, teacher))
-        scores_s = self._scores(self.memory_teacher, u_s, contrast)
-        scores_t = self._scores(self.memory_student, u_t, contrast)
-        with torch.no_grad():
-            first = _mean_over_ranks(torch.stack([scores_s.exp().mean(), scores_t.exp().mean()])) * self.samples
-            z = torch.where(self.z > 0, self.z.to(first.dtype), first)
-            if self.training:
-                self.z.copy_(z)
-                self._remember(indices, u_s, u_t)
-        return (self._estimate(scores_s, z[0]) + self._estimate(scores_t, z[1])) / len(student)
-
-    def _scores(self, memory: Tensor, u: Tensor, contrast: Tensor) -> Tensor:
-        """``(B, 1 + n)``: inner products with the memory's rows, over the temperature."""
-        if self.samples * (self.dim + len(u)) <= contrast.numel() * self.dim:
-            copied = memory.to(u.dtype, copy=True)  # the memory changes before backward needs it
-            return (u @ copied.mT).gather(1, contrast) / self.temperature
-        return torch.einsum("bnd,bd->bn", memory[contrast].to(u.dtype), u) / self.temperature
-
-    def _estimate(self, scores: Tensor, z: Tensor) -> Tensor:
-        e, c = scores.exp() / z, (scores.shape[1] - 1) / self.samples
-        positive = (e[:, 0] / (e[:, 0] + c + 1e-7)).log()
-        negative = (c / (e[:, 1:] + c + 1e-7)).log()
-        return -(positive.sum() + negative.sum())
-
-    def _remember(self, indices: Tensor, u_s: Tensor, u_t: Tensor) -> None:
-        indices = gather(indices)
-        order = torch.arange(len(indices), device=indices.device)
-        last = torch.where(indices[:, None] == indices, order, -1).amax(1)
-        for memory, u in ((self.memory_student, u_s), (self.memory_teacher, u_t)):
-            rows = gather(u.detach())[last].to(memory.dtype)
-            memory.index_copy_(0, indices, unit(self.momentum * memory[indices] + (1 - self.momentum) * rows))
-
-    def extra_repr(self) -> str:
-        return f"samples={self.samples}, dim={self.dim}, negatives={self.negatives}, temperature={self.temperature}"
-
-
 def gather(x: Tensor) -> Tensor:
     """``x`` of every rank, in order of ranks, along the batch; gradients flow back to the rank that they belong to."""
     if _world() == 1:
@@ -196,10 +79,6 @@ class _Gather(torch.autograd.Function):
         total = grads[0].contiguous().clone()
         dist.all_reduce(total)
         return total.narrow(0, ctx.batch * _rank(), ctx.batch)
-
-
-def _mean_over_ranks(x: Tensor) -> Tensor:
-    return gather(x[None]).mean(0)
 
 
 def _world() -> int:

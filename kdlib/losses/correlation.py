@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from .algebra import gram_gap
-from .base import Loss, check_alike, check_positive, full_precision
+from .base import Loss, full_precision
+from .checks import check_alike, check_positive
 
 
 class DIST(Loss):

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Loss, check_alike, check_labels, check_positive, full_precision
+from .base import Loss, full_precision
+from .checks import check_alike, check_labels, check_positive
 
 
 class DKD(Loss):

@@ -1,4 +1,4 @@
-"""Losses between the embeddings ``(B, D)`` of a batch, through distances, angles and similarities of its samples."""
+"""Losses between the embeddings ``(B, D)`` of a batch, through similarities and kernels of its samples."""
 
 from __future__ import annotations
 
@@ -6,64 +6,10 @@ import math
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Loss, check_alike, check_choice, check_positive, full_precision
-
-
-class RKDDistance(Loss):
-    r"""``smooth-L1(d_s / mean d_s, d_t / mean d_t)`` of the distances ``d`` between samples, beta 1, mean over pairs.
-
-    The mean is over all ``B²`` pairs, the zero diagonal included, as published; the mean distance is over others. No two
-    samples count as closer than 1e-6. The published weight is 25.
-
-    Shapes: student ``(B, D)``, teacher ``(B, D')``. Floor: 0, where the configurations are similar. No labels. A batch
-    of one has no pair: the value is 0.
-
-    Raises:
-        ValueError: not embeddings of one batch.
-
-    Park et al., Relational Knowledge Distillation, 2019, eq. 5-7. arXiv:1904.05068
-
-    >>> points = torch.tensor([[0.0, 0.0], [3.0, 4.0], [1.0, 1.0]])
-    >>> RKDDistance()(2 * points, points).item()
-    0.0
-    """
-
-    view = "embedding"
-
-    @full_precision
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        _check_embeddings(self, student, teacher)
-        return F.smooth_l1_loss(_relative(student), _relative(teacher))
-
-
-class RKDAngle(Loss):
-    r"""``smooth-L1(⟨e_ij, e_ik⟩_s, ⟨e_ij, e_ik⟩_t)``: cosines of the angles at each sample between any two others.
-
-    Beta is 1, and ``e_ij = (x_j − x_i) / |x_j − x_i|``, zero where the two coincide. Mean over all ``B³``
-    triples, degenerate ones included, as published. The published weight is 50. The dot products come from the Gram
-    matrix of the centred embeddings, ``G_jk − G_ij − G_ik + G_ii``, so no ``B × B × D`` tensor is made.
-
-    Shapes: student ``(B, D)``, teacher ``(B, D')``. Floor: 0, where the configurations are similar. No labels.
-
-    Raises:
-        ValueError: not embeddings of one batch.
-
-    Park et al., Relational Knowledge Distillation, 2019, eq. 8-9. arXiv:1904.05068
-
-    >>> points = torch.tensor([[0.0, 0.0], [3.0, 4.0], [1.0, 1.0]])
-    >>> RKDAngle()(2 * points, points).item() < 1e-9
-    True
-    """
-
-    view = "embedding"
-
-    @full_precision
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        _check_embeddings(self, student, teacher)
-        return F.smooth_l1_loss(_cosines(student), _cosines(teacher))
+from .base import Loss, full_precision
+from .checks import check_alike, check_choice, check_embeddings, check_positive
 
 
 class PKT(Loss):
@@ -97,7 +43,7 @@ class PKT(Loss):
 
     @full_precision
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        _check_embeddings(self, student, teacher)
+        check_embeddings(self, student, teacher)
         q_s, q_t = self._neighbours(student), self._neighbours(teacher)
         return (q_t * ((q_t + self.eps).log() - (q_s + self.eps).log())).mean()
 
@@ -187,7 +133,7 @@ class CCKD(Loss):
 
     @full_precision
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        _check_embeddings(self, student, teacher)
+        check_embeddings(self, student, teacher)
         gap = self._matrix(student) - self._matrix(teacher)
         total = torch.linalg.vector_norm(gap) if self.variant == "code" else gap.square().sum()
         return total / len(student) ** 2 if self.reduction == "batchmean" else total
@@ -203,42 +149,3 @@ class CCKD(Loss):
 
     def extra_repr(self) -> str:
         return f"kernel={self.kernel!r}, gamma={self.gamma}, max_p={self.max_p}, reduction={self.reduction!r}"
-
-
-def _check_embeddings(loss: Loss, student: Tensor, teacher: Tensor) -> None:
-    if student.ndim != 2 or teacher.ndim != 2 or len(student) != len(teacher):
-        raise ValueError(
-            f"{type(loss).__name__} takes embeddings (B, D) of one batch, got student {tuple(student.shape)}, teacher "
-            f"{tuple(teacher.shape)}; the term's view='embedding' pools maps and tokens"
-        )
-
-
-def _distances(x: Tensor) -> tuple[Tensor, Tensor]:
-    """``(B, B)`` Euclidean distances, and the Gram matrix of the centred ``x``.
-
-    Values come from differences, exact for samples that lie close together; gradients from the Gram matrix, for those
-    of cdist allocate ``B × B × D``.
-    """
-    x = x - x.mean(0)
-    gram = x @ x.mT
-    square = gram.diagonal()[:, None] + gram.diagonal() - 2 * gram
-    exact = torch.cdist(x.detach(), x.detach(), compute_mode="donot_use_mm_for_euclid_dist")
-    half = torch.where(exact > 1e-6, 0.5 / exact.clamp_min(1e-6), 0.0)
-    return exact + half * (square - square.detach()), gram
-
-
-def _relative(x: Tensor) -> Tensor:
-    """Distances over the mean distance of two different samples."""
-    batch = len(x)
-    diagonal = torch.eye(batch, dtype=torch.bool, device=x.device)
-    distances = _distances(x)[0].clamp_min(1e-6).masked_fill(diagonal, 0)
-    return distances / (distances.sum() / (batch * (batch - 1)) if batch > 1 else 1.0)
-
-
-def _cosines(x: Tensor) -> Tensor:
-    """``(B, B, B)``: entry ``i, j, k`` is the cosine of the angle at ``i`` between ``j`` and ``k``."""
-    distances, gram = _distances(x)
-    apart = distances > 1e-12
-    inverse = torch.where(apart, 1 / torch.where(apart, distances, 1.0), 0.0)
-    products = gram - gram[:, :, None] - gram[:, None, :] + gram.diagonal()[:, None, None]
-    return products * inverse[:, :, None] * inverse[:, None, :]

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .algebra import channel_axis, pooled, unit
-from .base import Loss, check_alike, check_choice, full_precision
+from .base import Loss, full_precision
+from .checks import check_alike, check_choice
 
 
 class FeatureMSE(Loss):

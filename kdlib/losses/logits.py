@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Loss, check_alike, check_positive, full_precision
+from .base import Loss, full_precision
+from .checks import check_alike, check_positive
 
 
 class SoftTarget(Loss):

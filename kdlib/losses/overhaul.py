@@ -8,7 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from .base import check_choice, check_maps, full_precision
+from .base import full_precision
+from .checks import check_choice, check_maps
 from .learned import Learned, run
 
 

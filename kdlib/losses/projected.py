@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .algebra import same_grid
-from .base import check_choice, check_maps, check_positive, full_precision
+from .base import full_precision
+from .checks import check_choice, check_maps, check_positive
 from .learned import Learned, run
 
 

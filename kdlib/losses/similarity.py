@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .algebra import same_grid, unit
-from .base import Loss, check_choice, check_maps, full_precision
+from .base import Loss, full_precision
+from .checks import check_choice, check_maps
 
 
 class ICKD(Loss):
