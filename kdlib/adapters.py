@@ -34,8 +34,8 @@ def find_layout(shape: Size, images: Size, prefix: int | None = None) -> str:
         fits = [n for n, hw in (("NCHW", shape[2:]), ("NHWC", shape[1:3])) if _keeps_aspect(hw[0], hw[1], images)]
     elif len(shape) == 3:
         fits = [f"NLC+{p}" if p else "NLC" for p in PREFIXES if p < shape[1] and _grid(shape[1] - p, images)]
-        told = f"NLC+{prefix}" if prefix else "NLC"
-        fits = [told] if told in fits else fits  # untold and a perfect grid: then there is no prefix
+        likely = (f"NLC+{prefix}" if prefix else "NLC", "NLC+1")  # as told, or no prefix, or a class token alone
+        fits = next(([layout] for layout in likely if layout in fits), fits)
     else:
         fits = []
     if len(fits) == 1:

@@ -192,6 +192,11 @@ class Distiller(nn.Module):
         """Term name to weight, without asking the device."""
         return dict(zip((term.name for term in self.terms), self._in_force, strict=True))
 
+    def no_weight_decay(self) -> set[str]:
+        """What the student asks timm's optimizers not to decay, under its name here."""
+        asked = getattr(self.student, "no_weight_decay", None)
+        return {f"student.{name}" for name in asked()} if callable(asked) else set()
+
     def forward(self, images: Tensor, targets: Mapping[str, Tensor]) -> Distilled:
         _check_targets([self.terms[i] for i in self._live], targets)
         with self.taps() as seen:

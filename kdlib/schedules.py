@@ -32,7 +32,7 @@ def moment(when: Moment, epochs: int) -> float:
 
 @dataclass(frozen=True)
 class Window:
-    """1 from ``start`` (included) to ``until`` (excluded), 0 elsewhere; by default always 1, past the last epoch too."""
+    """1 from ``start`` (included) to ``until`` (excluded), 0 elsewhere; by default always 1."""
 
     start: Moment = 0
     until: Moment = 1.0
@@ -41,8 +41,8 @@ class Window:
         moment(self.start, 1), moment(self.until, 1)
 
     def __call__(self, epoch: float, epochs: int) -> float:
-        over = self.until != 1.0 and epoch >= moment(self.until, epochs)
-        return float(moment(self.start, epochs) <= epoch and not over)
+        endless = isinstance(self.until, float) and self.until == 1
+        return float(moment(self.start, epochs) <= epoch and (endless or epoch < moment(self.until, epochs)))
 
 
 ALWAYS = Window()

@@ -1,8 +1,7 @@
-"""Shared by all tests: the repository root on the path (recipes are not installed), one thread, two tiny models."""
+"""Shared by all tests: one thread, two tiny models."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
 GOLDENS = ROOT / "tests" / "goldens"
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kdlib import losses
 from kdlib.losses import LOSSES
@@ -290,6 +292,37 @@ def law_compiles_whole(case: Subject) -> None:
         for leaf, grad in zip(leaves(again[0]), grads, strict=True):
             torch.testing.assert_close(leaf.grad, grad, rtol=1e-4, atol=1e-6)
     torch._dynamo.reset()
+
+
+def law_runs_on_a_gpu_without_waiting_for_it(case: Subject) -> None:
+    """On tensors that have no data: reading a number, a boolean index or a tensor left on the CPU would raise.
+    (The backward pass of such tensors needs a GPU, the forward pass does not.)"""
+    inputs = case.inputs()
+    loss = case.fitted(inputs)
+
+    def move(t: Tensor) -> Tensor:
+        return torch.empty(t.shape, dtype=t.dtype, device="cuda").requires_grad_(t.requires_grad)
+
+    fake = copy.deepcopy(loss)
+    with FakeTensorMode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for part in [*fake.modules(), *(held for m in fake.modules() for held in getattr(m, "held", ()))]:
+            for name, parameter in part._parameters.items():
+                part._parameters[name] = None if parameter is None else nn.Parameter(move(parameter))
+            for name, buffer in part._buffers.items():
+                part._buffers[name] = None if buffer is None else move(buffer)
+        value = fake(*(each(x, move) for x in inputs))
+        assert value.device.type == "cuda"
+
+
+def law_memory_layout_does_not_matter(case: Subject) -> None:
+    if case.view not in ("map", "raw"):
+        return
+    inputs = case.inputs()
+    loss = case.fitted(inputs)
+    expected = case.value(copy.deepcopy(loss), inputs)
+    last = tuple(each(x, lambda t: t.to(memory_format=torch.channels_last)) for x in inputs)
+    torch.testing.assert_close(case.value(loss, last), expected, rtol=1e-5, atol=1e-6)
 
 
 def law_survives_copies(case: Subject) -> None:

@@ -17,13 +17,13 @@ import pytest
 import torch
 from PIL import Image
 
-import kdlib.fashion
-from kdlib.augment import Augment, crop_flip, crop_flip_draws
+import kdlib.data.fashion
 from kdlib.data import Data, load
-from kdlib.fashion import DEBIAN, Arrays, embedded, read_idx
-from kdlib.loaders import ArrayLoader, Normalise
-from kdlib.samplers import EpochBatches
-from kdlib.sources import TimmFiles, image_folder
+from kdlib.data.augment import Augment, crop_flip, crop_flip_draws
+from kdlib.data.fashion import DEBIAN, Arrays, embedded, read_idx
+from kdlib.data.loaders import ArrayLoader, Normalise
+from kdlib.data.samplers import EpochBatches
+from kdlib.data.sources import TimmFiles, image_folder
 
 CLASSES = ("10", "2", "b é")  # lexicographic; a natural order would begin with 2
 TRAIN, VAL = 9, 5  # images of each class
@@ -117,12 +117,12 @@ def test_embedded_set_is_the_start_of_the_whole() -> None:
 
 
 def test_licence_is_beside_the_embedded_data() -> None:
-    assets = importlib.resources.files("kdlib") / "assets"
+    assets = importlib.resources.files("kdlib.data") / "assets"
     text = (assets / "FASHION_MNIST_LICENSE").read_text(encoding="utf-8")
     assert "2017 Zalando SE" in text and "WITHOUT WARRANTY OF ANY KIND" in text
-    content = (assets / kdlib.fashion.EMBEDDED).read_bytes()
+    content = (assets / kdlib.data.fashion.EMBEDDED).read_bytes()
     assert len(content) < 4_100_000
-    assert hashlib.sha256(content).hexdigest() == kdlib.fashion.EMBEDDED_SHA256
+    assert hashlib.sha256(content).hexdigest() == kdlib.data.fashion.EMBEDDED_SHA256
 
 
 def test_embedded_set_needs_neither_timm_nor_torchvision() -> None:
@@ -194,7 +194,7 @@ def test_torchvision_arrays_through_timm(tmp_path: Path) -> None:
     train, _ = read_idx(tmp_path / "FashionMNIST" / "raw")
     pixels = train.images.double() / 255
     assert isinstance(data.train, ArrayLoader)
-    assert data.classes == kdlib.fashion.FASHION
+    assert data.classes == kdlib.data.fashion.FASHION
     assert (data.train.samples, data.test.samples, data.channels, data.image_size) == (40, 20, 1, 28)
     assert data.mean + data.std == pytest.approx([float(pixels.mean()), float(pixels.std(correction=0))], abs=1e-9)
 
@@ -566,18 +566,18 @@ def test_timm_cannot_open(tmp_path: Path, name: str) -> None:
 
 
 def break_embedded(patch: pytest.MonkeyPatch, place: Path) -> None:
-    patch.setattr(kdlib.fashion.importlib.resources, "files", lambda _: place)
+    patch.setattr(kdlib.data.fashion.importlib.resources, "files", lambda _: place)
 
 
 def test_embedded_file_missing_or_corrupt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    content = bytearray((importlib.resources.files("kdlib") / "assets" / kdlib.fashion.EMBEDDED).read_bytes())
+    content = bytearray((importlib.resources.files("kdlib.data") / "assets" / kdlib.data.fashion.EMBEDDED).read_bytes())
     break_embedded(monkeypatch, tmp_path)
     with pytest.raises(FileNotFoundError, match="install kdlib again") as missing:
         load()
     one_line(missing, str(tmp_path))
     content[2_000_000] ^= 1
     (tmp_path / "assets").mkdir()
-    (tmp_path / "assets" / kdlib.fashion.EMBEDDED).write_bytes(content)
+    (tmp_path / "assets" / kdlib.data.fashion.EMBEDDED).write_bytes(content)
     with pytest.raises(ValueError, match="corrupt") as corrupt:
         load()
     one_line(corrupt, str(tmp_path), "install kdlib again")
@@ -642,7 +642,7 @@ def test_failed_download_says_what_to_do(tmp_path: Path, monkeypatch: pytest.Mon
         raise RuntimeError("Error downloading\nno route")
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(kdlib.fashion, "DEBIAN", tmp_path / "none")
+    monkeypatch.setattr(kdlib.data.fashion, "DEBIAN", tmp_path / "none")
     monkeypatch.setattr(torchvision.datasets, "FashionMNIST", refuse)
     with pytest.raises(FileNotFoundError, match="apt-get install dataset-fashion-mnist") as error:
         load("fashion-mnist")
@@ -658,7 +658,7 @@ def test_download_is_read_from_the_cache(tmp_path: Path, monkeypatch: pytest.Mon
         write_idx(Path(root, "FashionMNIST", "raw"))
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(kdlib.fashion, "DEBIAN", tmp_path / "none")
+    monkeypatch.setattr(kdlib.data.fashion, "DEBIAN", tmp_path / "none")
     monkeypatch.setattr(torchvision.datasets, "FashionMNIST", fetch)
     assert load("fashion-mnist", batch_size=8).train.samples == 40
     monkeypatch.setattr(torchvision.datasets, "FashionMNIST", None)
@@ -772,7 +772,7 @@ def test_arrays_must_name_their_classes() -> None:
     class Nameless:
         data, targets = np.zeros((4, 8, 8), np.uint8), [0, 1, 0, 1]
 
-    from kdlib.sources import _arrays
+    from kdlib.data.sources import _arrays
 
     with pytest.raises(ValueError, match="does not name its classes"):
         _arrays(Nameless(), "torch/nameless")

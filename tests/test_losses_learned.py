@@ -138,6 +138,20 @@ def test_vkd_projects_orthogonally_and_stays_so(sizes):
     assert values[-1] < values[0]
 
 
+@pytest.mark.parametrize("shape", [(10, 6), (6, 10), (6, 6)])
+def test_vkd_keeps_a_matrix_that_is_orthogonal_already(shape):
+    torch.manual_seed(0)
+    loss = losses.VkD(shape[1], shape[0]).double()
+    signs = torch.tensor([1.0, -1.0] * 5, dtype=torch.float64)[: shape[1]]
+    matrix = nn.init.orthogonal_(torch.empty(shape, dtype=torch.float64)) * signs
+    with torch.no_grad():
+        loss.projection.copy_(matrix)
+    torch.testing.assert_close(loss.weight, matrix)
+    with torch.no_grad():
+        loss.projection.mul_(3)
+    torch.testing.assert_close(loss.weight, matrix), "scale does not matter"
+
+
 def test_vid_survives_a_large_scale():
     loss = losses.VID(student_channels=3, teacher_channels=3)
     with torch.no_grad():

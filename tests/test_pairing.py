@@ -46,5 +46,5 @@ def test_what_does_not_match_says_so(
 
 
 def test_a_shallower_teacher_is_an_error(student: nn.Module, wide: nn.Module) -> None:
-    with pytest.raises(ValueError, match="the teacher's group has 2 blocks .* the student's 4"):
+    with pytest.raises(ValueError, match=r"the teacher's group has 2 blocks .* the student's 4"):
         pair(wide, student, "stages.1.blocks.*")

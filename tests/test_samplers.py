@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from kdlib.samplers import EpochBatches, epoch_order, generator, seeded, shard, stable_hash
+from kdlib.data.samplers import EpochBatches, epoch_order, generator, seeded, shard, stable_hash
 
 
 def draw() -> tuple[float, float, float]:

@@ -9,11 +9,11 @@ import pytest
 from kdlib.schedules import ALWAYS, Ramp, Window, moment
 
 
-@pytest.mark.parametrize(("until", "last"), [(80, 79), (0.5, 59), (1.0, 10_000)])
+@pytest.mark.parametrize(("until", "last"), [(80, 79), (1, 0), (0.5, 59), (1.0, 10_000)])
 def test_a_window_counts_epochs_or_a_fraction(until: float, last: int) -> None:
     window = Window(until=until)
     assert window(last, 120) == 1
-    if until != 1.0:
+    if last < 120:
         assert window(last + 1, 120) == 0
 
 

@@ -1,8 +1,8 @@
 """Makes `fashion_mnist_5k.npz`: the first 5,000 training and first 4,000 test images of Fashion-MNIST.
 
-Run it as `python kdlib/assets/make.py [FOLDER]`, where FOLDER holds the four idx files; its default is where the Debian
-package `dataset-fashion-mnist` puts them. It prints the SHA-256 that `kdlib/fashion.py` must name. Fashion-MNIST is
-Copyright 2017 Zalando SE under the MIT licence, kept beside this file in `FASHION_MNIST_LICENSE`.
+Run it as `python kdlib/data/assets/make.py [FOLDER]`, where FOLDER holds the four idx files; its default is where the
+Debian package `dataset-fashion-mnist` puts them. It prints the SHA-256 that `kdlib/data/fashion.py` must name.
+Fashion-MNIST is Copyright 2017 Zalando SE under the MIT licence, kept beside this file in `FASHION_MNIST_LICENSE`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kdlib.fashion import DEBIAN, EMBEDDED, read_idx
+from kdlib.data.fashion import DEBIAN, EMBEDDED, read_idx
 
 TRAIN, TEST = 5_000, 4_000
 

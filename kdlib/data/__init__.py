@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from kdlib.augment import ARRAYS_ONLY, FILES_ONLY, Augment, BatchAugment, eval_transform, train_transform
-from kdlib.fashion import FASHION_MEAN, FASHION_STD, Arrays, embedded, fashion_mnist
-from kdlib.loaders import ArrayLoader, FileLoader, Loader, Normalise
-from kdlib.samplers import EpochBatches
-from kdlib.sources import STREAMS, TIMM, Files, Spread, image_folder, timm_dataset
+from .augment import ARRAYS_ONLY, FILES_ONLY, Augment, BatchAugment, eval_transform, train_transform
+from .fashion import FASHION_MEAN, FASHION_STD, Arrays, embedded, fashion_mnist
+from .loaders import ArrayLoader, FileLoader, Loader, Normalise
+from .samplers import EpochBatches
+from .sources import STREAMS, TIMM, Files, Spread, image_folder, timm_dataset
 
 __all__ = ["Augment", "Data", "Loader", "load"]
 

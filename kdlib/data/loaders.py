@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from kdlib.augment import Augment, BatchAugment, crop_flip, crop_flip_draws, rand_augment
-from kdlib.fashion import Arrays
-from kdlib.samplers import EpochBatches, generator, seeded
-from kdlib.sources import Files, unreadable
+from .augment import Augment, BatchAugment, crop_flip, crop_flip_draws, rand_augment
+from .fashion import Arrays
+from .samplers import EpochBatches, generator, seeded
+from .sources import Files, unreadable
 
 
 class Loader(Protocol):

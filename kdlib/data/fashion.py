@@ -41,7 +41,7 @@ class Arrays:
 
 def embedded() -> tuple[Arrays, Arrays]:
     """The first 5,000 training and first 4,000 test images of Fashion-MNIST, which travel inside the package."""
-    place = importlib.resources.files("kdlib") / "assets" / EMBEDDED
+    place = importlib.resources.files("kdlib.data") / "assets" / EMBEDDED
     remedy = "install kdlib again"
     if not place.is_file():
         raise FileNotFoundError(f"{place}: missing, though it is part of the package; {remedy}")

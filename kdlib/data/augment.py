@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from kdlib.samplers import generator, seeded
+from .samplers import generator, seeded
 
 FILES_ONLY, ARRAYS_ONLY = ("crop_scale", "crop_ratio", "color_jitter"), ("crop_padding",)
 """Switches without effect on the other kind of data set."""

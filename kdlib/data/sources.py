@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdlib.fashion import Arrays
+from .fashion import Arrays
 
 IMAGES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 

@@ -1,0 +1,303 @@
+"""Teacher and Distiller: gradients equal a hand-written loop's, the teacher never changes, terms come and go."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import Tiny, randomise
+from torch import Tensor, nn
+
+import kdlib as kd
+from kdlib.losses import CrossEntropy, FeatureMSE, GramRelation, SoftTarget
+
+MIXERS = "stages.*.blocks.-1.mixer"
+
+
+def objective(student: nn.Module, teacher: nn.Module) -> list[kd.Term]:
+    return [
+        kd.Term("soft", SoftTarget(2.0), 0.7),
+        kd.Term("label", CrossEntropy(), 0.3),
+        kd.Term("mixer", FeatureMSE(), 0.5, pairs=kd.pair(student, teacher, MIXERS), reduce="sum"),
+        kd.Term("relation", GramRelation(), 2.0, pairs=kd.pair(student, teacher, "stages.*.blocks.-1")),
+    ]
+
+
+def by_hand(student: nn.Module, teacher: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    """The same objective as a person would write it, with her own hooks."""
+    seen: dict[tuple[str, str], Tensor] = {}
+    names = [f"stages.{s}.blocks.1{part}" for s in (0, 1) for part in (".mixer", "")]
+    handles = [
+        model.get_submodule(name).register_forward_hook(lambda m, a, out, key=(who, name): seen.__setitem__(key, out))
+        for who, model in (("s", student), ("t", teacher))
+        for name in names
+    ]
+    with torch.no_grad():
+        target = teacher(images)
+    logits = student(images)
+    for handle in handles:
+        handle.remove()
+    soft = F.kl_div(
+        F.log_softmax(logits / 2, -1), F.log_softmax(target / 2, -1), reduction="batchmean", log_target=True
+    )
+    loss = 0.7 * (soft * 4) + 0.3 * F.cross_entropy(logits, labels)
+    mixer = torch.stack([F.mse_loss(tokens(seen["s", n]), tokens(seen["t", n])) for n in names[::2]]).sum()
+    grams = [[F.normalize(tokens(seen[who, n]), dim=-1) for who in "st"] for n in names[1::2]]
+    relation = torch.stack([gram_gap(s, t) for s, t in grams]).mean()
+    return loss + 0.5 * mixer + 2.0 * relation
+
+
+def tokens(x: Tensor) -> Tensor:
+    return x.flatten(2).mT
+
+
+def gram_gap(s: Tensor, t: Tensor) -> Tensor:
+    """In the form that the loss takes for these sizes, since the last digit is compared."""
+    if s.shape[1] <= 5 * s.shape[2] / 2:
+        return F.mse_loss(s @ s.mT, t @ t.mT)
+    d = s - t
+    whole = ((s.mT @ s + t.mT @ t) * (d.mT @ d)).sum() + 2 * ((s.mT @ d) * (d.mT @ t)).sum()
+    return whole / (len(s) * s.shape[1] ** 2)
+
+
+def gradients(model: nn.Module) -> list[Tensor]:
+    return [p.grad.clone() for p in model.parameters()]
+
+
+def test_gradients_equal_a_hand_written_loop_to_the_last_digit(
+    student: nn.Module, teacher: nn.Module, images: Tensor, labels: Tensor
+) -> None:
+    terms = objective(student, teacher)
+    ask, distiller = kd.Teacher(teacher, terms), kd.Distiller(student, terms)
+    torch.manual_seed(7)
+    out = distiller(images, ask(images) | {"@labels": labels})
+    out.loss.backward()
+    got = gradients(student)
+    student.zero_grad()
+    torch.manual_seed(7)
+    loss = by_hand(student, teacher, images, labels)
+    loss.backward()
+    assert out.loss.item() == loss.item()
+    for mine, hers in zip(got, gradients(student), strict=True):
+        assert torch.equal(mine, hers)
+
+
+@pytest.mark.slow
+def test_gradients_survive_inductor(images: Tensor, labels: Tensor) -> None:
+    """Compiled whole against the hand-written loop compiled whole: the same kernels, so the same to rounding."""
+    student, teacher = randomise(Tiny(), 1), randomise(Tiny(), 2)
+    student.drop.p = 0.0  # a compiled graph draws other random numbers
+    terms = objective(student, teacher)
+    ask, distiller = kd.Teacher(teacher, terms), kd.Distiller(student, terms)
+    distiller.compile(fullgraph=True)
+    ask.compile(fullgraph=True)
+    out = distiller(images, ask(images) | {"@labels": labels})
+    out.loss.backward()
+    got = gradients(student)
+    student.zero_grad()
+    by_hand(student, teacher, images, labels).backward()
+    for mine, hers in zip(got, gradients(student), strict=True):
+        torch.testing.assert_close(mine, hers, rtol=1e-5, atol=1e-6)
+    distiller.set_weights({"mixer": 0.0})  # a schedule that switches a term off recompiles once and is right
+    student.zero_grad()
+    distiller(images, ask(images) | {"@labels": labels}).loss.backward()
+    assert not torch.equal(student.stages[0].blocks[1].mixer.weight.grad, got[8])
+
+
+def test_a_moving_weight_does_not_recompile(images: Tensor, labels: Tensor) -> None:
+    student, teacher = randomise(Tiny(), 1), randomise(Tiny(), 2)
+    terms = objective(student, teacher)
+    ask, distiller = kd.Teacher(teacher, terms), kd.Distiller(student, terms)
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    distiller.compile(fullgraph=True, backend=count)
+    targets = ask(images) | {"@labels": labels}
+    losses = []
+    for weight in (0.5, 0.4, 0.3, 0.0, 0.0):
+        distiller.set_weights({"mixer": weight})
+        losses.append(distiller(images, targets).loss.item())
+    assert len(graphs) == 2, "one graph, and one more when the term goes to zero"
+    assert losses[0] > losses[1] > losses[2] > losses[3]
+
+
+def test_under_activation_checkpointing(student: nn.Module, teacher: nn.Module, images: Tensor, labels: Tensor) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    terms = objective(student, teacher)
+    ask, distiller = kd.Teacher(teacher, terms), kd.Distiller(student.eval(), terms)
+    targets = ask(images) | {"@labels": labels}
+    distiller(images, targets).loss.backward()
+    plain = gradients(student)
+    student.zero_grad()
+    for stage in student.stages:
+        for block in stage.blocks:
+            forward = type(block).forward.__get__(block)
+            block.forward = lambda x, forward=forward: checkpoint(forward, x, use_reentrant=False)
+    distiller(images, targets).loss.backward()
+    for mine, hers in zip(gradients(student), plain, strict=True):
+        assert torch.equal(mine, hers)
+
+
+def test_the_teacher_does_not_change_by_one_bit(
+    student: nn.Module, teacher: nn.Module, images: Tensor, labels: Tensor
+) -> None:
+    before = {k: v.clone() for k, v in teacher.state_dict().items()}
+    terms = objective(student, teacher)
+    ask, distiller = kd.Teacher(teacher.train(), terms), kd.Distiller(student, terms)
+    optimizer = torch.optim.SGD(distiller.parameters(), lr=0.1, weight_decay=0.1)
+    ask.train()
+    for _ in range(3):
+        distiller(images, ask(images) | {"@labels": labels}).loss.backward()
+        optimizer.step()
+    assert not teacher.training and all(p.grad is None and not p.requires_grad for p in teacher.parameters())
+    assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
+
+
+def test_no_teacher_in_the_state_dict(student: nn.Module, teacher: nn.Module) -> None:
+    distiller = kd.Distiller(student, objective(student, teacher))
+    assert set(distiller.state_dict()) == {f"student.{key}" for key in student.state_dict()}
+
+
+def test_two_teachers_and_an_idle_one(student: nn.Module, teacher: nn.Module, wide: nn.Module, images: Tensor) -> None:
+    panel = kd.Panel({"wide": wide, "twin": teacher})
+    terms = [
+        kd.Term("soft", SoftTarget(), pairs=[kd.Pair("@output", "wide")]),
+        kd.Term(
+            "mixer", FeatureMSE(), pairs=kd.pair(student, panel, MIXERS, f"twin.{MIXERS}"), schedule=kd.Window(until=1)
+        ),
+    ]
+    ask = kd.Teacher(panel, terms)
+    ran: list[str] = []
+    for name, member in panel.items():
+        member.head.register_forward_hook(lambda *_, name=name: ran.append(name))
+        member.stem.register_forward_hook(lambda *_, name=name: ran.append(f"{name}.stem"))
+    targets = ask(images)
+    assert set(targets) == {"wide", "twin.stages.0.blocks.1.mixer", "twin.stages.1.blocks.1.mixer"}
+    torch.testing.assert_close(targets["wide"], wide(images))
+    assert ran[:3] == ["wide.stem", "wide", "twin.stem"] and "twin" not in ran, "twin stops after its last tap"
+    ran.clear()
+    ask.set_epoch(1, 2)
+    assert set(ask(images)) == {"wide"}
+    assert ran == ["wide.stem", "wide"], "twin is idle"
+
+
+def test_sum_and_mean_over_pairs(student: nn.Module, teacher: nn.Module, images: Tensor) -> None:
+    values = {}
+    for how in ("sum", "mean"):
+        terms = [kd.Term("mixer", FeatureMSE(), pairs=kd.pair(student, teacher, MIXERS), reduce=how)]
+        values[how] = kd.Distiller(student.eval(), terms)(images, kd.Teacher(teacher, terms)(images)).loss
+    torch.testing.assert_close(values["sum"], 2 * values["mean"])
+
+
+def test_schedules_move_weights_and_skip_terms(student: nn.Module, teacher: nn.Module, images: Tensor) -> None:
+    calls = []
+
+    def probe(s: Tensor, t: Tensor) -> Tensor:
+        calls.append(1)
+        return (s - t).square().mean()
+
+    terms = [
+        kd.Term("always", SoftTarget(), 2.0),
+        kd.Term("early", probe, 3.0, kd.Ramp(1.0, 0.0, 0, 2)),
+    ]
+    ask, distiller = kd.Teacher(teacher, terms), kd.Distiller(student.eval(), terms)
+    for epoch, expected in enumerate((3.0, 1.5, 0.0)):
+        calls.clear()
+        distiller.set_epoch(epoch, 3)
+        ask.set_epoch(epoch, 3)
+        out = distiller(images, ask(images))
+        assert distiller.weights_in_force() == {"always": 2.0, "early": expected}
+        parts = {"always": 2.0, "early": expected}
+        torch.testing.assert_close(out.loss, sum(parts[name] * value for name, value in out.terms.items()))
+        assert (len(calls) == 1) == (expected > 0) and ("early" in out.terms) == (expected > 0)
+
+
+def test_a_muted_term_with_an_adapter_still_reaches_its_parameters(
+    student: nn.Module, wide: nn.Module, images: Tensor
+) -> None:
+    terms = [
+        kd.Term("soft", SoftTarget()),
+        kd.Term(
+            "block",
+            FeatureMSE(),
+            pairs=kd.pair(student, wide, "stages.*.blocks.-1"),
+            adapter="linear",
+        ),
+    ]
+    plan = kd.fit(terms, student, wide, images)
+    distiller, ask = kd.Distiller(student, plan.terms), kd.Teacher(wide, plan.terms)
+    distiller.set_weights({"block": 0.0})
+    distiller(images, ask(images)).loss.backward()
+    adapters = list(distiller.adapters.parameters())
+    assert len(adapters) == 2 and all(p.grad is not None and not p.grad.any() for p in adapters)
+
+
+def test_deepcopy_and_pickle(student: nn.Module, teacher: nn.Module, images: Tensor, labels: Tensor) -> None:
+    terms = objective(student, teacher)
+    targets = kd.Teacher(teacher, terms)(images) | {"@labels": labels}
+    distiller = kd.Distiller(student.eval(), terms)
+    loss = distiller(images, targets).loss
+    for twin in (copy.deepcopy(distiller), pickle.loads(pickle.dumps(distiller))):
+        assert torch.equal(twin(images, targets).loss, loss)
+        twin(images, targets).loss.backward()
+        assert all(p.grad is None for p in student.parameters())
+
+
+def test_stored_targets_are_as_good_as_a_teacher(student: nn.Module, images: Tensor) -> None:
+    distiller = kd.Distiller(student, [kd.Term("soft", SoftTarget())])
+    assert distiller(images, {"@output": torch.randn(4, 5)}).loss.requires_grad
+
+
+def test_teacher_options_leave_its_answers_alone(student: nn.Module, teacher: nn.Module, images: Tensor) -> None:
+    terms = objective(student, teacher)
+    plain = kd.Teacher(teacher, terms)(images)
+    last = kd.Teacher(teacher, terms, channels_last=True)(images)
+    half = kd.Teacher(teacher, terms, dtype=torch.bfloat16)(images)
+    for tap, value in plain.items():
+        torch.testing.assert_close(last[tap], value)
+        assert (half[tap].float() - value).norm() < 0.02 * value.norm()
+        assert half[tap].dtype == torch.bfloat16
+
+
+def test_renormalize_gives_the_teacher_its_own_input(teacher: nn.Module, images: Tensor) -> None:
+    prepare = kd.Renormalize((0.5, 0.4, 0.3), (0.2, 0.2, 0.1), (0.1, 0.2, 0.3), (1.0, 0.5, 0.25), size=(16, 16))
+    seen = kd.Teacher(teacher, [kd.Term("soft", SoftTarget())], prepare=prepare)(images)["@output"]
+    pixels = F.interpolate(images, (16, 16), mode="bicubic", antialias=True)
+    pixels = pixels * torch.tensor([0.2, 0.2, 0.1]).view(3, 1, 1) + torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1)
+    theirs = (pixels - torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)) / torch.tensor([1.0, 0.5, 0.25]).view(3, 1, 1)
+    torch.testing.assert_close(seen, teacher(theirs))
+
+
+def test_what_is_wrong_says_so(student: nn.Module, teacher: nn.Module, images: Tensor) -> None:
+    soft = kd.Term("soft", SoftTarget())
+    with pytest.raises(ValueError, match="two terms share the name 'soft'"):
+        kd.Distiller(student, [soft, soft])
+    with pytest.raises(ValueError, match="there are no terms"):
+        kd.Distiller(student, [])
+    with pytest.raises(ValueError, match="plain word"):
+        kd.Term("a.b", SoftTarget())
+    with pytest.raises(ValueError, match="weight must be"):
+        kd.Term("soft", SoftTarget(), weight=-1.0)
+    with pytest.raises(ValueError, match="'mean' or 'sum'"):
+        kd.Term("soft", SoftTarget(), reduce="max")
+    with pytest.raises(ValueError, match="no tap 'stemm' in Tiny; did you mean 'stem'"):
+        kd.Distiller(student, [kd.Term("x", FeatureMSE(), pairs=[kd.Pair("stemm", "stem")])])
+    with pytest.raises(ValueError, match="the panel has twin"):
+        kd.Teacher(kd.Panel({"twin": teacher}), [soft])
+    with pytest.raises(ValueError, match=r"term 'soft' reads '@output', which the targets lack .*same terms"):
+        kd.Distiller(student, [soft])(images, {})
+    with pytest.raises(ValueError, match="term 'label' reads '@labels'"):
+        kd.Distiller(student, [kd.Term("label", CrossEntropy())])(images, {"@output": images})
+    with pytest.raises(ValueError, match="no term 'sft'; the terms are soft"):
+        kd.Distiller(student, [soft]).set_weights({"sft": 1.0})
+    with pytest.raises(RuntimeError, match="trains nothing: student tap '@output'"):
+        kd.Distiller(student.requires_grad_(False), [soft])(images, {"@output": torch.randn(4, 5)})
+    with pytest.raises(ValueError, match=r"no size yet; call kdlib\.fit"):
+        kd.Distiller(student, [kd.Term("x", FeatureMSE(), pairs=[kd.Pair("stem", "stem")], adapter="linear")])

@@ -1,0 +1,131 @@
+"""The dry run: layouts, adapters and the plan, and every misfit found before training."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from conftest import Tiny
+from torch import Size, Tensor, nn
+
+import kdlib as kd
+from kdlib.adapters import find_layout, view_as
+from kdlib.losses import CrossEntropy, FeatureMSE, GramRelation, SoftTarget
+
+SQUARE, TALL = Size((2, 3, 64, 64)), Size((2, 3, 64, 48))
+
+
+@pytest.mark.parametrize(
+    ("shape", "images", "layout"),
+    [
+        ((2, 10), SQUARE, "NC"),
+        ((2, 96, 16, 16), SQUARE, "NCHW"),
+        ((2, 16, 16, 96), SQUARE, "NHWC"),
+        ((2, 512, 1, 1), SQUARE, "NCHW"),
+        ((2, 64, 32), SQUARE, "NLC"),
+        ((2, 65, 32), SQUARE, "NLC+1"),
+        ((2, 197, 32), SQUARE, "NLC+1"),
+        ((2, 201, 32), SQUARE, "NLC+5"),
+        ((2, 32, 16, 12), TALL, "NCHW"),
+        ((2, 16, 12, 32), TALL, "NHWC"),
+        ((2, 32, 7, 5), TALL, "NCHW"),
+        ((2, 12, 24), TALL, "NLC"),
+    ],
+)
+def test_layouts_are_told_from_shapes(shape: tuple[int, ...], images: Size, layout: str) -> None:
+    assert find_layout(Size(shape), images) == layout
+
+
+def test_a_model_that_tells_its_prefix_is_believed() -> None:
+    assert find_layout(Size((2, 17, 8)), SQUARE, prefix=1) == "NLC+1"
+
+
+@pytest.mark.parametrize("shape", [(2, 16, 16, 16), (2, 23, 8), (2, 3, 4, 5, 6), (2, 8, 9, 10)])
+def test_an_ambiguous_layout_asks(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"cannot be told: .*say layout="):
+        find_layout(Size(shape), SQUARE)
+
+
+def test_views_agree_across_layouts() -> None:
+    chw = torch.randn(2, 5, 4, 4)
+    same = {"NCHW": chw, "NHWC": chw.permute(0, 2, 3, 1), "NLC": chw.flatten(2).mT}
+    same["NLC+2"] = torch.cat([torch.randn(2, 2, 5), same["NLC"]], 1)
+    for layout, x in same.items():
+        assert torch.equal(view_as(x, "map", layout, SQUARE), chw)
+        assert torch.equal(view_as(x, "tokens", layout, SQUARE), same["NLC"])
+        torch.testing.assert_close(view_as(x, "embedding", layout, SQUARE), chw.mean((2, 3)))
+        assert view_as(x, "raw", layout, SQUARE) is x
+    with pytest.raises(ValueError, match="cannot be read as logits"):
+        view_as(chw, "logits", "NCHW", SQUARE)
+    with pytest.raises(ValueError, match="no layout 'NWHC'"):
+        view_as(chw, "map", "NWHC", SQUARE)
+
+
+def test_adapters_are_sized_by_the_dry_run_and_train(student: nn.Module, wide: nn.Module, images: Tensor) -> None:
+    terms = [
+        kd.Term("block", FeatureMSE(), pairs=kd.pair(student, wide, "stages.*.blocks.-1"), adapter="linear"),
+        kd.Term(
+            "up", FeatureMSE(), pairs=[kd.Pair("stages.1.blocks.1", "stages.0.blocks.1")], adapter="linear", view="map"
+        ),
+        kd.Term("same", GramRelation(), pairs=[kd.Pair("stages.0.blocks.0", "stages.0.blocks.0")]),
+    ]
+    plan = kd.fit(terms, student, wide, images)
+    assert [row.parameters for row in plan.rows] == [60, 96, 80, 0]
+    shapes = ["64×6 → 64×10", "16×8 → 16×12", "8×4×4 → 10×8×8"]
+    assert all(shape in str(plan) for shape in [*shapes, "Project"])
+    distiller, ask = kd.Distiller(student, plan.terms), kd.Teacher(wide, plan.terms)
+    distiller(images, ask(images)).loss.backward()
+    assert all(p.grad.abs().sum() > 0 for p in distiller.adapters.parameters())
+
+
+def test_the_dry_run_changes_nothing(student: nn.Module, teacher: nn.Module, images: Tensor) -> None:
+    student.train()
+    student.norm.eval()  # a frozen layer stays as its owner left it
+    state = {k: v.clone() for k, v in student.state_dict().items()}
+    kd.fit([kd.Term("soft", SoftTarget())], student, teacher, images)
+    assert student.training and not student.norm.training and student.drop.training
+    assert all(torch.equal(v, state[k]) for k, v in student.state_dict().items())
+    assert not student._forward_hooks and not any(m._forward_hooks for m in teacher.modules())
+
+
+def test_swin_and_vit_and_cnn_meet() -> None:
+    """NHWC, tokens with a class token, and NCHW in one plan, from real timm models."""
+    student = timm.create_model("resnet10t", num_classes=7)
+    panel = kd.Panel(
+        {
+            "swin": timm.create_model(
+                "swin_tiny_patch4_window7_224", num_classes=7, img_size=64, window_size=2, depths=(1, 1, 1, 1)
+            ),
+            "vit": timm.create_model("deit_tiny_distilled_patch16_224", num_classes=7, img_size=64, depth=2),
+        }
+    )
+    terms = [
+        kd.Term("swin", FeatureMSE(), pairs=[kd.Pair("layer3", "swin.layers.2")], adapter="linear"),
+        kd.Term("vit", FeatureMSE(), pairs=[kd.Pair("layer3", "vit.blocks.1")], adapter="linear"),
+        kd.Term("soft", SoftTarget(), pairs=[kd.Pair("@output", "swin")]),
+        kd.Term("label", CrossEntropy()),
+    ]
+    images = torch.randn(2, 3, 64, 64)
+    plan = kd.fit(terms, student, panel, images)
+    assert [row.layouts for row in plan.rows][:2] == [("NCHW", "NHWC"), ("NCHW", "NLC+2")]
+    out = kd.Distiller(student, plan.terms)(
+        images, kd.Teacher(panel, plan.terms)(images) | {"@labels": torch.tensor([1, 2])}
+    )
+    assert set(out.terms) == {"swin", "vit", "soft", "label"} and out.loss.isfinite()
+
+
+def test_misfits_are_found_before_training(
+    student: nn.Module, teacher: nn.Module, wide: nn.Module, images: Tensor
+) -> None:
+    with pytest.raises(ValueError, match="the student answers 5 classes, the teacher 7"):
+        kd.fit([kd.Term("soft", SoftTarget())], student, Tiny(classes=7), images)
+    block = kd.Term("block", FeatureMSE(), pairs=[kd.Pair("stages.0.blocks.0", "stages.0.blocks.0")])
+    with pytest.raises(ValueError, match=r"term 'block', .*\(4, 64, 6\), teacher \(4, 64, 10\).*adapter='linear'"):
+        kd.fit([block], student, wide, images)
+    cube = Tiny((8, 8))
+    with pytest.raises(ValueError, match=r"term 'block', student: the layout .*NCHW or NHWC.*layout="):
+        kd.fit([block], cube, teacher, images)
+    stated = kd.Term("block", FeatureMSE(), pairs=block.pairs, layout="NCHW", adapter="linear")
+    assert kd.fit([stated], cube, teacher, images).rows[0].layouts == ("NCHW", "NCHW")
+    with pytest.raises(ValueError, match="no adapter 'linaer'"):
+        kd.fit([kd.Term("block", FeatureMSE(), pairs=block.pairs, adapter="linaer")], student, wide, images)
