@@ -223,26 +223,19 @@ def law_finite_at_large_features(case: Subject) -> None:
         finite(case, case.fitted(inputs), inputs)
 
 
-def law_finite_at_constant_features(case: Subject) -> None:
-    for level in (0.1, 3.0):
-        inputs = case.inputs()
-        constant = tuple(fresh(x, partial(_filled, level)) for x in inputs)
-        finite(case, case.fitted(inputs), constant)
-        mixed = (constant[0], *inputs[1:])
-        finite(case, case.fitted(inputs), (fresh(mixed[0]), *mixed[1:]))
-        finite(case, case.fitted(inputs), (inputs[0], *constant[1:]))
+def law_finite_at_constant_and_zero_features(case: Subject) -> None:
+    """Each side alone and both, on a grid with more positions than channels and on one with fewer."""
+    for grid in ((5, 5), (1, 3)):
+        inputs = case.inputs(grid=grid)
+        for level in (0.0, 0.1, 3.0):
+            flat = tuple(fresh(x, partial(_filled, level)) for x in inputs)
+            finite(case, case.fitted(inputs), (fresh(flat[0]), *inputs[1:]))
+            finite(case, case.fitted(inputs), (fresh(inputs[0]), *flat[1:]))
+            finite(case, case.fitted(inputs), flat)
 
 
 def _filled(level: float, t: Tensor) -> Tensor:
     return torch.full_like(t, level) if t.is_floating_point() else t
-
-
-def law_finite_at_zero_features(case: Subject) -> None:
-    inputs = case.inputs()
-    zero = tuple(fresh(x, lambda t: torch.zeros_like(t) if t.is_floating_point() else t) for x in inputs)
-    finite(case, case.fitted(inputs), (fresh(zero[0]), *inputs[1:]))
-    finite(case, case.fitted(inputs), (inputs[0], *zero[1:]))
-    finite(case, case.fitted(inputs), zero)
 
 
 def law_batch_of_one(case: Subject) -> None:
