@@ -96,6 +96,17 @@ def test_variants(loss, plain):
     torch.testing.assert_close(loss(student, teacher), plain(student, teacher).mean())
 
 
+def test_variants_with_labels_and_lists():
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 4, 6, dtype=torch.float64)
+    labels = torch.tensor([0, 5, 2, 2])
+    p, log_q, y = teacher.softmax(1), student.log_softmax(1), torch.nn.functional.one_hot(labels, 6)
+    expected = -(((1 + p) ** 1.5 * y + p * (1 - y)) * log_q).sum(1).mean()
+    torch.testing.assert_close(losses.OFA(1.5, variant="paper")(student, teacher, labels), expected)
+    s, t = ([torch.randn(4, c, 3, 5, dtype=torch.float64) for c in (2, 3)] for _ in range(2))
+    torch.testing.assert_close(losses.FSP("paper")(s, t), losses.FSP()(s, t) * 2 * 3)
+
+
 def _unit(x):
     return x / x.norm(dim=1, keepdim=True)
 

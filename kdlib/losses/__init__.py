@@ -11,8 +11,9 @@ from .attention import AttentionTransfer
 from .base import Loss, Sum, View
 from .contrastive import InfoNCE
 from .correlation import DIST, BatchCorrelation, ClassCorrelation
-from .decoupled import DKD, NKD, OFA
+from .decoupled import DKD, NKD
 from .embeddings import CCKD, PKT, CorrelationCongruence
+from .enhanced import OFA
 from .features import ChannelMean, CosineDistance, FeatureMSE
 from .heads import SRRL, SimKD
 from .levels import FSP, HierarchicalContext

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .base import Loss, full_precision
@@ -47,7 +46,7 @@ class DKD(Loss):
     def forward(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
         check_alike(self, student, teacher, "B K")
         check_labels(self, student, labels)
-        target = _target(student, labels)
+        target = target_mask(student, labels)
         student, teacher = student / self.temperature, teacher / self.temperature
         log_q, log_p = _target_and_rest(student, target), _target_and_rest(teacher, target)
         binary = (log_p.exp() * (log_p - log_q)).sum()
@@ -95,7 +94,7 @@ class NKD(Loss):
     def forward(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
         check_alike(self, student, teacher, "B K")
         check_labels(self, student, labels)
-        target = _target(student, labels)
+        target = target_mask(student, labels)
         p_target = teacher.softmax(dim=-1).gather(1, labels.long()[:, None])
         log_q_target = student.log_softmax(dim=-1).gather(1, labels.long()[:, None])
         log_q, log_p = _others(student / self.temperature, target), _others(teacher / self.temperature, target)
@@ -106,52 +105,7 @@ class NKD(Loss):
         return f"gamma={self.gamma}, temperature={self.temperature}"
 
 
-class OFA(Loss):
-    r"""``−Σ_k ((p_k + y_k)^eps − y_k) · log q_k``, mean over samples, with ``p, q`` teacher and student at ``T``.
-
-    ``y`` is the one-hot label. With ``eps = 1`` it is the cross-entropy with the teacher's probabilities; a larger one
-    enhances the label. As in the published code, the power holds for every class, so the others weigh ``p_k^eps``;
-    the paper writes it for the label's class. There is no ``T²``.
-
-    Shapes: student and teacher logits ``(B, K)``, labels int64 ``(B,)``. Floor: the entropy of the weights (times
-    their sum), where the student's distribution is proportional to them. Needs labels; soft labels (mixup) are not
-    allowed. One exit of the student; the paper's stage projectors are adapters of the term.
-
-    Args:
-        eps: power, at least 1.
-        temperature: ``T > 0``.
-
-    Raises:
-        ValueError: an argument is not positive; the shapes differ; labels are soft; fewer than two classes.
-
-    Hao et al., One-for-All, 2023, section 3. arXiv:2310.19444
-
-    >>> logits = torch.tensor([[50.0, 0.0]])
-    >>> abs(OFA(eps=1.5)(logits, logits, torch.tensor([0])).item()) < 1e-6
-    True
-    """
-
-    against = ("teacher", "labels")
-    floor = None
-
-    def __init__(self, eps: float = 1.5, temperature: float = 1.0) -> None:
-        super().__init__()
-        check_positive(self, eps=eps, temperature=temperature)
-        self.eps, self.temperature = eps, temperature
-
-    @full_precision
-    def forward(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-        check_alike(self, student, teacher, "B K")
-        check_labels(self, student, labels)
-        label = _target(student, labels).to(student.dtype)
-        weight = ((teacher / self.temperature).softmax(dim=-1) + label) ** self.eps - label
-        return -(weight * F.log_softmax(student / self.temperature, dim=-1)).sum() / len(student)
-
-    def extra_repr(self) -> str:
-        return f"eps={self.eps}, temperature={self.temperature}"
-
-
-def _target(logits: Tensor, labels: Tensor) -> Tensor:
+def target_mask(logits: Tensor, labels: Tensor) -> Tensor:
     """``(B, K)``: True at each sample's label."""
     return labels[:, None] == torch.arange(logits.shape[-1], device=logits.device)
 

@@ -26,7 +26,7 @@ class PKT(Loss):
     Raises:
         ValueError: eps is not positive; not embeddings of one batch.
 
-    Passalis and Tefas, Learning Deep Representations with Probabilistic Knowledge Transfer, 2018, eq. 3-6.
+    Passalis and Tefas, Learning Deep Representations with Probabilistic Knowledge Transfer, 2018, section 3.
     arXiv:1803.10837
 
     >>> points = torch.tensor([[0.0, 1.0], [3.0, 4.0], [1.0, 1.0]])
@@ -102,7 +102,7 @@ class CCKD(Loss):
     Raises:
         ValueError: an argument is out of range; not embeddings of one batch.
 
-    Peng et al., Correlation Congruence for Knowledge Distillation, 2019, eq. 5-10. arXiv:1904.01802
+    Peng et al., Correlation Congruence for Knowledge Distillation, 2019, section 3. arXiv:1904.01802
 
     >>> points = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
     >>> CCKD(kernel="bilinear")(torch.zeros(2, 2), 2 * points).item()

@@ -30,7 +30,7 @@ class SimKD(HoldsHead):
     Raises:
         ValueError: not maps of one batch; called before its sizes are known; ``predict`` without a head.
 
-    Chen et al., Knowledge Distillation with the Reused Teacher Classifier, 2022, eq. 2. arXiv:2203.14001
+    Chen et al., Knowledge Distillation with the Reused Teacher Classifier, 2022, section 3. arXiv:2203.14001
 
     >>> loss = SimKD(student_channels=3, teacher_channels=6, head=torch.nn.Linear(6, 10))
     >>> loss(torch.rand(2, 3, 4, 4), torch.rand(2, 6, 4, 4)).shape

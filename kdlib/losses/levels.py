@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,18 +12,21 @@ from torch import Tensor
 
 from .algebra import same_grid
 from .base import Loss, full_precision
-from .checks import check_alike, check_lists
+from .checks import check_alike, check_choice, check_lists
 
 
 class FSP(Loss):
     r"""``(F_s − F_t)²`` of the flows between consecutive levels, mean over entries and samples, sum over flows.
 
     The flow from level ``k`` to ``k + 1`` is ``F = f_kᵀ f_{k+1} / (H · W)``, a ``C_k × C_{k+1}`` matrix a sample; where
-    the two grids differ, the larger map is averaged down. The paper sums over the entries of the matrix; the published
-    implementations, and this one, take their mean.
+    the two grids differ, the larger map is averaged down. ``variant="code"``: the published implementations take the
+    mean over the entries of the matrix; ``variant="paper"``: the paper takes their sum.
 
     Shapes: lists of at least two maps ``(B, C_k, H_k, W_k)``, shallow to deep, with the student's channels equal to the
     teacher's. Floor: 0. No labels.
+
+    Args:
+        variant: ``"code"`` or ``"paper"``.
 
     Raises:
         ValueError: not lists of one length, fewer than two levels, or other channels.
@@ -37,6 +41,11 @@ class FSP(Loss):
     view = "map"
     lists = True
 
+    def __init__(self, variant: Literal["code", "paper"] = "code") -> None:
+        super().__init__()
+        check_choice(self, variant=(variant, ("code", "paper")))
+        self.variant = variant
+
     @full_precision
     def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
         check_lists(self, student, teacher, least=2)
@@ -46,8 +55,11 @@ class FSP(Loss):
                     f"FSP takes maps (B, C, H, W) of one B and C at each level; at level {level} the student is "
                     f"{tuple(s.shape)}, the teacher {tuple(t.shape)}"
                 )
-        flows = zip(_flows(student), _flows(teacher), strict=True)
-        return torch.stack([F.mse_loss(s, t) for s, t in flows]).sum()
+        gaps = [(s - t).square() for s, t in zip(_flows(student), _flows(teacher), strict=True)]
+        return torch.stack([(gap if self.variant == "code" else gap.sum((1, 2))).mean() for gap in gaps]).sum()
+
+    def extra_repr(self) -> str:
+        return f"variant={self.variant!r}"
 
 
 class HierarchicalContext(Loss):

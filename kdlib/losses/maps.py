@@ -24,7 +24,7 @@ class ChannelWise(Loss):
     Raises:
         ValueError: the temperature is not positive; the shapes differ.
 
-    Shu et al., Channel-wise Knowledge Distillation for Dense Prediction, 2021, eq. 5. arXiv:2011.13256
+    Shu et al., Channel-wise Knowledge Distillation for Dense Prediction, 2021, section 3. arXiv:2011.13256
 
     >>> features = torch.rand(2, 3, 4, 4)
     >>> ChannelWise(temperature=4.0)(features, features).item()
@@ -62,7 +62,7 @@ class PKD(Loss):
     Raises:
         ValueError: not maps of one batch and channels; a single value a channel (batch 1 on a 1×1 grid).
 
-    Cao et al., PKD, 2022, eq. 3-4. arXiv:2207.02039
+    Cao et al., PKD, 2022, section 3. arXiv:2207.02039
 
     >>> features = torch.rand(2, 3, 4, 4)
     >>> PKD()(3 * features + 1, features).item() < 1e-9
@@ -94,7 +94,7 @@ class NST(Loss):
     Raises:
         ValueError: not maps of one batch.
 
-    Huang and Wang, Like What You Like, 2017, eq. 8 (its polynomial kernel with d = 2, c = 0). arXiv:1707.01219
+    Huang and Wang, Like What You Like, 2017, section 4 (its polynomial kernel with d = 2, c = 0). arXiv:1707.01219
 
     >>> features = torch.rand(2, 3, 4, 4)
     >>> NST()(features, 5 * features).item() < 1e-9

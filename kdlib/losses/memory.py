@@ -42,7 +42,7 @@ class CRD(Learned):
     Raises:
         ValueError: an argument is out of range; not embeddings of one batch; called before its sizes are known.
 
-    Tian et al., Contrastive Representation Distillation, 2020, eq. 9-18. arXiv:1910.10699
+    Tian et al., Contrastive Representation Distillation, 2020, section 3. arXiv:1910.10699
 
     >>> loss = CRD(samples=50, dim=8, negatives=16, student_size=4, teacher_size=6)
     >>> loss(torch.rand(2, 4), torch.rand(2, 6), torch.tensor([7, 11])).shape

@@ -35,7 +35,7 @@ class OFD(Learned):
     Raises:
         ValueError: an argument is out of range; the maps do not fit; called before its sizes or margin are known.
 
-    Heo et al., A Comprehensive Overhaul of Feature Distillation, 2019, eq. 1-4. arXiv:1904.01866
+    Heo et al., A Comprehensive Overhaul of Feature Distillation, 2019, section 3. arXiv:1904.01866
 
     >>> loss = OFD(margin=torch.full((3,), -0.5), project=False, student_channels=3, teacher_channels=3)
     >>> loss(torch.full((2, 3, 1, 1), -2.0), torch.full((2, 3, 1, 1), -1.0)).item()

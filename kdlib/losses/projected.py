@@ -35,7 +35,7 @@ class MGD(Learned):
     Raises:
         ValueError: an argument is out of range; not maps of one batch and grid; called before its sizes are known.
 
-    Yang et al., Masked Generative Distillation, 2022, eq. 3-5. arXiv:2205.01529
+    Yang et al., Masked Generative Distillation, 2022, section 3. arXiv:2205.01529
 
     >>> loss = MGD(mask="channel", student_channels=3, teacher_channels=6)
     >>> loss(torch.rand(2, 3, 4, 4), torch.rand(2, 6, 4, 4)).shape
@@ -99,7 +99,7 @@ class VID(Learned):
     Raises:
         ValueError: an argument is out of range; not maps of one batch; called before its sizes are known.
 
-    Ahn et al., Variational Information Distillation, 2019, eq. 5-6. arXiv:1904.05835
+    Ahn et al., Variational Information Distillation, 2019. arXiv:1904.05835
 
     >>> loss = VID(student_channels=3, teacher_channels=6)
     >>> loss(torch.rand(2, 3, 4, 4), torch.rand(2, 6, 4, 4)).shape

@@ -33,7 +33,7 @@ class ReviewKD(Learned):
     Raises:
         ValueError: not lists of one length; called before its sizes are known.
 
-    Chen et al., Distilling Knowledge via Knowledge Review, 2021, eq. 6 and figure 3. arXiv:2104.09044
+    Chen et al., Distilling Knowledge via Knowledge Review, 2021, section 3. arXiv:2104.09044
 
     >>> student = [torch.rand(2, 3, 8, 8), torch.rand(2, 4, 4, 4)]
     >>> teacher = [torch.rand(2, 6, 8, 8), torch.rand(2, 8, 4, 4)]

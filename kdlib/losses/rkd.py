@@ -22,7 +22,7 @@ class RKDDistance(Loss):
     Raises:
         ValueError: not embeddings of one batch.
 
-    Park et al., Relational Knowledge Distillation, 2019, eq. 5-7. arXiv:1904.05068
+    Park et al., Relational Knowledge Distillation, 2019, section 3.2.1. arXiv:1904.05068
 
     >>> points = torch.tensor([[0.0, 0.0], [3.0, 4.0], [1.0, 1.0]])
     >>> RKDDistance()(2 * points, points).item()
@@ -49,7 +49,7 @@ class RKDAngle(Loss):
     Raises:
         ValueError: not embeddings of one batch.
 
-    Park et al., Relational Knowledge Distillation, 2019, eq. 8-9. arXiv:1904.05068
+    Park et al., Relational Knowledge Distillation, 2019, section 3.2.2. arXiv:1904.05068
 
     >>> points = torch.tensor([[0.0, 0.0], [3.0, 4.0], [1.0, 1.0]])
     >>> RKDAngle()(2 * points, points).item() < 1e-9

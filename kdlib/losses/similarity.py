@@ -81,7 +81,7 @@ class SimilarityPreserving(Loss):
     Raises:
         ValueError: the batches differ.
 
-    Tung and Mori, Similarity-Preserving Knowledge Distillation, 2019, eq. 2-4. arXiv:1907.09682
+    Tung and Mori, Similarity-Preserving Knowledge Distillation, 2019, section 3. arXiv:1907.09682
 
     >>> features = torch.rand(2, 3, 4, 4)
     >>> SimilarityPreserving()(features, 5 * features).item() < 1e-9
