@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from laws import LAWS, SPECIAL, subject
 
+from kdlib import losses
 from kdlib.losses import LOSSES
 
 torch.set_num_threads(1)
@@ -19,3 +24,18 @@ def test_law(law, name):
 
 def test_peculiarities_are_of_known_losses():
     assert SPECIAL.keys() <= LOSSES.keys()
+
+
+def test_what_is_public_is_the_catalogue_and_its_tools():
+    tools = {"LOSSES", "Learned", "Loss", "Sum", "View", "register"}
+    assert set(losses.__all__) == tools | {loss.__name__ for loss in LOSSES.values()}
+    for name, loss in LOSSES.items():
+        assert name.replace("_", "") == loss.__name__.lower()
+
+
+def test_importing_losses_stays_light():
+    heavy = ("timm", "torchvision", "pydantic", "accelerate")
+    script = f"import sys, kdlib.losses; print([name for name in {heavy} if name in sys.modules])"
+    root = Path(__file__).parents[1]
+    found = subprocess.run([sys.executable, "-c", script], cwd=root, check=True, capture_output=True, text=True)
+    assert found.stdout.strip() == "[]"

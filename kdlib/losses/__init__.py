@@ -16,6 +16,7 @@ from .embeddings import CCKD, PKT, CorrelationCongruence
 from .enhanced import OFA
 from .features import ChannelMean, CosineDistance, FeatureMSE
 from .heads import SRRL, SimKD
+from .learned import Learned
 from .levels import FSP, HierarchicalContext
 from .logits import CrossEntropy, HardLabel, SoftTarget
 from .maps import NST, PKD, ChannelWise
@@ -30,6 +31,56 @@ from .rkd import RKDAngle, RKDDistance
 from .similarity import ICKD, SimilarityPreserving
 from .temperature import LearnableTemperature
 from .wrappers import Standardized, TopK
+
+__all__ = [
+    "CCKD",
+    "CRD",
+    "DIST",
+    "DKD",
+    "FSP",
+    "ICKD",
+    "LOSSES",
+    "MGD",
+    "NKD",
+    "NST",
+    "OFA",
+    "OFD",
+    "PKD",
+    "PKT",
+    "SRRL",
+    "TTM",
+    "VID",
+    "WTTM",
+    "AttentionTransfer",
+    "BatchCorrelation",
+    "Binary",
+    "ChannelMean",
+    "ChannelWise",
+    "ClassCorrelation",
+    "CorrelationCongruence",
+    "CosineDistance",
+    "CrossEntropy",
+    "FeatureMSE",
+    "GramRelation",
+    "HardLabel",
+    "HierarchicalContext",
+    "InfoNCE",
+    "LearnableTemperature",
+    "Learned",
+    "Loss",
+    "RKDAngle",
+    "RKDDistance",
+    "ReviewKD",
+    "SimKD",
+    "SimilarityPreserving",
+    "SoftTarget",
+    "Standardized",
+    "Sum",
+    "TopK",
+    "View",
+    "VkD",
+    "register",
+]
 
 AnyLoss = TypeVar("AnyLoss", bound=type[nn.Module])
 
@@ -63,6 +114,3 @@ for _loss in (
     register(_loss)
 register(SimKD, name="simkd")
 register(VkD, name="vkd")
-
-__all__ = ["LOSSES", "Loss", "Sum", "View", "register"]
-__all__ += [_loss.__name__ for _loss in LOSSES.values()]

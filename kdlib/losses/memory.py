@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -112,10 +114,9 @@ class CRD(Learned):
         return torch.einsum("bnd,bd->bn", memory[contrast].to(u.dtype), u) / self.temperature
 
     def _estimate(self, scores: Tensor, z: Tensor) -> Tensor:
-        e, c = scores.exp() / z, (scores.shape[1] - 1) / self.samples
-        positive = (e[:, 0] / (e[:, 0] + c + 1e-7)).log()
-        negative = (c / (e[:, 1:] + c + 1e-7)).log()
-        return -(positive.sum() + negative.sum())
+        log_e, c = scores - z.log(), (scores.shape[1] - 1) / self.samples
+        log_all = torch.logaddexp(log_e, torch.full_like(log_e, math.log(c + 1e-7)))
+        return log_all.sum() - log_e[:, 0].sum() - math.log(c) * log_e[:, 1:].numel()
 
     def _remember(self, indices: Tensor, u_s: Tensor, u_t: Tensor) -> None:
         indices = gather(indices)
