@@ -1,0 +1,84 @@
+"""No loss makes a tensor that its algebra does not need: sizes at ImageNet's shapes, both passes, without data."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kdlib.losses import LOSSES
+
+BENCH = Path(__file__).parents[1] / "benchmarks" / "losses.py"
+spec = importlib.util.spec_from_file_location("bench_losses", BENCH)
+bench = importlib.util.module_from_spec(spec)
+sys.modules["bench_losses"] = bench
+spec.loader.exec_module(bench)
+
+INHERENT = {
+    "rkd_angle": lambda batch, size: batch**3,
+    "crd": lambda batch, size: batch * (16384 + 1) * 128,
+    "review_kd": lambda batch, size: 2 * 512 * batch * 56 * 56,
+    "vid": lambda batch, size: size,
+}
+"""Sizes that are in the definition itself: all triples, all negatives, two hidden maps side by side."""
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the largest tensor that an operation has made."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel, self.where = 0, ""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view and not func._schema.is_mutable:
+            for x in result if isinstance(result, tuple | list) else [result]:
+                if isinstance(x, torch.Tensor) and x.numel() > self.numel:
+                    self.numel, self.where = x.numel(), str(func)
+        return result
+
+
+def largest(compute, name, backward=True):
+    stay = mock.patch.object(nn.Module, "to", lambda self, *_: self)
+    share = mock.patch("kdlib.losses.learned.deepcopy", lambda head: head)
+    with FakeTensorMode(), stay, share:
+        loss, inputs, shapes = bench.prepare(name, torch.device("cpu"), small=False)
+        for x in inputs[0] if isinstance(inputs[0], list) else inputs[:1]:
+            x.requires_grad_()
+        with Largest() as seen:
+            value = compute(loss)(*inputs)
+            if backward:
+                value.backward()
+    return seen, shapes, max((p.numel() for p in loss.parameters()), default=0)
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_nothing_is_larger_than_the_inputs(name):
+    seen, shapes, parameters = largest(lambda loss: loss, name)
+    size = max(torch.Size(shape).numel() for shape in shapes)
+    limit = max(size, shapes[0][0] ** 2, parameters)
+    if name in INHERENT:
+        limit = max(limit, INHERENT[name](shapes[0][0], size))
+    assert seen.numel <= limit, (
+        f"{seen.where} makes {seen.numel} numbers, {seen.numel / size:.1f} times the largest input"
+    )
+
+
+@pytest.mark.parametrize("name", ["nst", "fsp", "rkd_angle", "gram_relation", "ickd", "class_correlation"])
+def test_the_plain_definition_is_caught(name):
+    """The measure itself: the definitions that are known to be wasteful exceed the limit."""
+    seen, shapes, _ = largest(lambda loss: lambda *x: bench.PLAIN[name](loss, *x), name, backward=False)
+    assert seen.numel > 2 * max(torch.Size(shape).numel() for shape in shapes)
+
+
+def test_the_benchmark_knows_the_catalogue():
+    assert set(bench.SHAPES) <= set(LOSSES)
+    assert all(isinstance(bench.make(name, small=True), nn.Module) for name in LOSSES)
