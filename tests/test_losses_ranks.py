@@ -1,4 +1,4 @@
-"""Two processes give the loss, the gradient and the memory of one process with the whole batch."""
+"""Two processes give the loss, the gradient and the memory of one process; DDP finds what losses learn."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import socket
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.nn.parallel import DistributedDataParallel
 
 from kdlib import losses
 
@@ -52,6 +53,17 @@ def work(rank, port, results):
             assert torch.equal(*everywhere), "the ranks' states differ"
         if rank == 0:
             results.put((value.numpy(), grad.numpy(), {k: v.numpy() for k, v in loss.state_dict().items()}))
+    for loss in (losses.VID(), losses.SimKD(), losses.SRRL(), losses.VkD(), losses.MGD(), losses.OFD()):
+        torch.manual_seed(rank)
+        student, teacher = torch.randn(4, 5, 3, 3), torch.randn(4, 6, 3, 3)
+        loss.fit(student, teacher, head=torch.nn.Linear(6, 3))
+        wrapped = DistributedDataParallel(loss)
+        wrapped(student, teacher).backward()
+        for name, parameter in loss.named_parameters():
+            everywhere = [torch.empty_like(parameter) for _ in range(WORLD)]
+            dist.all_gather(everywhere, parameter.grad)
+            assert torch.equal(*everywhere), f"gradients of {name} differ"
+            assert everywhere[0].abs().sum() > 0
     dist.barrier()
     dist.destroy_process_group()
 
