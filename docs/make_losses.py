@@ -107,8 +107,7 @@ def page() -> str:
 def row(name: str, compared: list[Reference]) -> list[str]:
     loss, case = LOSSES[name], subject(name)
     text = inspect.cleandoc(loss.__doc__ or "")
-    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    arguments = {k: v for k, v in inspect.signature(loss).parameters.items() if v.kind not in variable}
+    arguments = inspect.signature(loss).parameters
     labels = "labels" in case.against and ("yes, soft ones too" if case.soft_labels else "yes, integers")
     indices = "indices of the data set" if "indices" in case.against else ""
     papers = [f"[{n}](https://arxiv.org/abs/{n})" for n in re.findall(r"arXiv:(\d{4}\.\d{4,5})", text)]

@@ -8,6 +8,7 @@ laws: ``for law in LAWS: law(Subject("mine", MyLoss))``.
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 import warnings
 from collections.abc import Callable
@@ -150,6 +151,8 @@ def law_declares_itself(case: Subject) -> None:
     assert isinstance(loss, losses.Loss)
     assert case.view in ("logits", "embedding", "tokens", "map", "raw")
     assert case.against == tuple(need for need in ORDER if need in case.against)
+    for name, parameter in inspect.signature(type(loss)).parameters.items():
+        assert parameter.kind is parameter.POSITIONAL_OR_KEYWORD, f"a recipe cannot give {name}"
     text = type(loss).__doc__ or ""
     for word in ("Shapes:", "Floor:", ">>>"):
         assert word in text, f"the docstring lacks {word!r}"

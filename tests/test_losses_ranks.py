@@ -74,7 +74,7 @@ def test_ranks_agree_with_the_whole_batch():
         port = free.getsockname()[1]
     context = mp.get_context("spawn")
     results = context.Queue()
-    processes = [context.Process(target=work, args=(rank, port, results)) for rank in range(WORLD)]
+    processes = [context.Process(target=work, args=(rank, port, results), daemon=True) for rank in range(WORLD)]
     for process in processes:
         process.start()
     found = {name: results.get(timeout=120) for name in NAMES}

@@ -40,6 +40,9 @@ class Loss(nn.Module):
     follows_teacher = False
     """True inside a wrapper that has detached the teacher already and learns something between it and this loss."""
 
+    def __init__(self) -> None:
+        super().__init__()
+
     def fit(self, student: Any, teacher: Any, head: nn.Module | None = None) -> None:
         """Sizes what the loss learns from one example of its inputs. Call it before the optimizer is made."""
 
