@@ -141,7 +141,7 @@ def full_precision(forward: Compute) -> Compute:
 
     @wraps(forward)
     def wrapped(self: nn.Module, student: Any, *against: Any) -> Tensor:
-        device = (student[0] if isinstance(student, list | tuple) else student).device.type
+        device = (student[0] if isinstance(student, (list, tuple)) else student).device.type
         with torch.autocast(device, enabled=False):
             detach = not getattr(self, "follows_teacher", False)
             return forward(self, _lift(student), *(_lift(x, detach) for x in against))
@@ -150,7 +150,7 @@ def full_precision(forward: Compute) -> Compute:
 
 
 def _lift(x: Any, detach: bool = False) -> Any:
-    if isinstance(x, list | tuple):
+    if isinstance(x, (list, tuple)):  # torch 2.6 cannot compile list | tuple here
         return [_lift(item, detach) for item in x]
     x = x.detach() if detach else x
     return x.to(torch.promote_types(x.dtype, torch.float32)) if x.is_floating_point() else x

@@ -59,7 +59,7 @@ def check_maps(loss: nn.Module, student: Tensor, teacher: Tensor, channels: bool
 
 def check_lists(loss: nn.Module, student: Any, teacher: Any, least: int = 1) -> None:
     """Raises ValueError unless both are lists of one length of at least ``least``."""
-    if not isinstance(student, list | tuple) or not isinstance(teacher, list | tuple):
+    if not isinstance(student, (list, tuple)) or not isinstance(teacher, (list, tuple)):
         raise ValueError(
             f"{type(loss).__name__} takes lists of features, shallow to deep, one for each pair of its term"
         )

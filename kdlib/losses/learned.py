@@ -51,7 +51,7 @@ class Learned(Loss):
         found = self.measure(student, teacher)
         if self.sizes is None:
             self.size(*found)
-            self.to((student[0] if isinstance(student, list | tuple) else student).device)
+            self.to((student[0] if isinstance(student, (list, tuple)) else student).device)
         elif self.sizes != found:
             raise ValueError(f"{type(self).__name__} was built for sizes {self.sizes} and is given features of {found}")
 
@@ -66,7 +66,7 @@ class Learned(Loss):
 
 def run(module: nn.Module, x: Tensor) -> Tensor:
     """``module(x)`` in the precision of ``x``, whatever the precision of the module's parameters is."""
-    state = dict(module.named_parameters()) | dict(module.named_buffers())
+    state = {**dict(module.named_parameters()), **dict(module.named_buffers())}  # torch 2.6 cannot compile dict | dict
     if all(v.dtype == x.dtype for v in state.values() if v.is_floating_point()):
         return module(x)
     lifted = {name: v.to(x.dtype) if v.is_floating_point() else v for name, v in state.items()}
