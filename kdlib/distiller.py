@@ -106,8 +106,8 @@ class Teacher(nn.Module):
     def _ask(self, name: str, live: Mapping[str, str], images: Tensor) -> dict[str, Tensor]:
         if (name or "@") in self.prepare:
             images = self.prepare[name or "@"](images)
-        with self.taps[name](stop_early="@output" not in live) as seen:
-            answer = self.members[name](images.contiguous(memory_format=self.memory_format))
+        images = images.contiguous(memory_format=self.memory_format)
+        answer, seen = self.taps[name].watch(self.members[name], images, stop_early="@output" not in live)
         if "@output" in live:
             seen["@output"] = _logits(answer, f"teacher {name}".strip())
         return {live[tap]: value for tap, value in seen.items()}
@@ -199,9 +199,8 @@ class Distiller(nn.Module):
 
     def forward(self, images: Tensor, targets: Mapping[str, Tensor]) -> Distilled:
         _check_targets([self.terms[i] for i in self._live], targets)
-        with self.taps() as seen:
-            logits = _logits(self.student(images), "student")
-        seen["@output"] = logits
+        answer, seen = self.taps.watch(self.student, images)
+        seen["@output"] = logits = _logits(answer, "student")
         total, values = logits.new_zeros((), dtype=torch.float32), {}
         for i in self._live:
             term = self.terms[i]

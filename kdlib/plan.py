@@ -114,8 +114,7 @@ def _look(student: nn.Module, terms: Sequence[Term], images: Tensor) -> dict[str
     taps = Taps(student, [tap for term in terms for tap in term.student_taps if tap != "@output"])
     modes = {module: module.training for module in student.modules()}
     try:
-        with taps() as seen:
-            answer = student.eval()(images)
+        answer, seen = taps.watch(student.eval(), images)
     finally:
         taps.remove()
         for module, mode in modes.items():

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from functools import partial
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,11 +52,22 @@ class Taps:
             _check(name, modules, type(model).__name__)
         self._handles = [self._listen(modules[name.partition(":")[0]], name) for name in self.names]
 
-    def __call__(self, stop_early: bool = False) -> Taps:
-        """Arms the next context so that the forward pass ends once every live tap has fired (not when compiled: there
-        the compiler removes what is not used)."""
-        self._stop_early = stop_early
-        return self
+    def watch(self, model: nn.Module, images: Tensor, stop_early: bool = False) -> tuple[Any, dict[str, Tensor]]:
+        """``(answer, seen)`` of one forward pass; traceable by ``torch.compile`` as one graph.
+
+        Args:
+            stop_early: end the pass once every live tap has fired; the answer is then None. A compiled pass runs on:
+                the compiler removes what nobody uses.
+        """
+        if torch.compiler.is_compiling():  # Dynamo before torch 2.12 enters no context manager but its own
+            self._sink = {}
+            answer, seen, self._sink = model(images), self._sink, None
+            self._check_all(seen)
+            return answer, seen
+        self._stop_early, answer = stop_early, None
+        with self as seen:
+            answer = model(images)
+        return answer, seen
 
     def _listen(self, module: nn.Module, name: str) -> RemovableHandle:
         if name.endswith(":input"):
@@ -89,8 +101,11 @@ class Taps:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
         sink, self._sink, self._stop_early = self._sink or {}, None, False
-        if kind is not None:
-            return kind is EarlyStop
+        if kind is None:
+            self._check_all(sink)
+        return kind is not None and issubclass(kind, EarlyStop)
+
+    def _check_all(self, sink: dict[str, Tensor]) -> None:
         if silent := [name for name in self.live if name not in sink]:
             raise RuntimeError(
                 f"taps never fired in this forward: {silent}; the model did not call these modules, or it was compiled "
@@ -101,7 +116,6 @@ class Taps:
                 f"tensors were changed in place after their tap: {stale}; tap the module that changes them (often an "
                 "in-place activation), or build the model with inplace=False"
             )
-        return False
 
     def remove(self) -> None:
         """Takes the hooks off the model."""

@@ -97,8 +97,8 @@ def test_early_stop_ends_the_forward_after_the_last_live_tap(student: nn.Module,
     student.head.register_forward_hook(lambda *_: ran.append("head"))
     taps = Taps(student, ["stem", "stages.0.blocks.0", "stages.1.blocks.0"])
     taps.live = ("stem", "stages.0.blocks.0")
-    with taps(stop_early=stop) as seen:
-        student(images)
+    answer, seen = taps.watch(student, images, stop_early=stop)
+    assert (answer is None) == stop
     assert set(seen) == set(taps.live)
     assert ran == ([] if stop else ["head"])
 
@@ -131,9 +131,7 @@ def test_hooks_set_before_compiling_fire_in_one_graph(student: nn.Module, images
 
     @torch.compile(fullgraph=True, backend=backend)
     def look(x: Tensor) -> Tensor:
-        with taps as seen:
-            student(x)
-        return seen["stages.0.blocks.0"]
+        return taps.watch(student, x)[1]["stages.0.blocks.0"]
 
     for _ in range(2):
         torch.testing.assert_close(look(images), student.stages[0].blocks[0](student.stem(images)))
