@@ -346,3 +346,19 @@ def test_inductor_agrees():
         student, teacher = torch.randn(2, *shape)
         compiled = torch.compile(loss, fullgraph=True)
         torch.testing.assert_close(compiled(student, teacher), loss(student, teacher))
+
+
+def test_small_values_keep_their_digits():
+    """A student close to its teacher, in float32, against float64."""
+    torch.manual_seed(0)
+    teacher = torch.randn(64, 128)
+    student = teacher + 0.01 * torch.randn(64, 128)
+    for loss in (losses.PKT(), losses.CosineDistance(), losses.RKDDistance(), losses.RKDAngle(), losses.SoftTarget()):
+        single, double = loss(student, teacher).item(), loss(student.double(), teacher.double()).item()
+        assert single == pytest.approx(double, rel=2e-3), type(loss).__name__
+
+
+def test_cosine_of_a_zero_vector_is_zero():
+    zero, one = torch.zeros(1, 2, 3), torch.ones(1, 2, 3)
+    for student, teacher in ((zero, one), (one, zero), (zero, zero)):
+        assert losses.CosineDistance()(student, teacher).item() == pytest.approx(1.0)
