@@ -14,28 +14,33 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 KEEP = 2
 TENSOR = "@tensor"
 """Marks the place of a tensor in the JSON tree."""
+INTEGERS = "@integers"
+"""Marks a mapping whose keys are integers, which JSON turns into text."""
+TENSORS, TREE, MANIFEST = "state.safetensors", "state.json", "manifest.json"
 
 
 def save(folder: Path, step: int, state: Mapping[str, Any], keep: int = KEEP) -> Path:
     """Writes the checkpoint of ``step`` and deletes all but the ``keep`` newest.
 
     Args:
-        state: a tree of mappings and lists whose leaves are tensors or what JSON can say.
+        state: a tree of mappings and lists whose leaves are tensors or what JSON can say. Tuples come back as lists.
 
     Raises:
-        OSError: the disk is full or the folder read-only; older checkpoints are untouched.
+        OSError: the disk is full or the folder read-only; older checkpoints are untouched, and no draft stays.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.glob(".tmp-*"):
@@ -45,10 +50,10 @@ def save(folder: Path, step: int, state: Mapping[str, Any], keep: int = KEEP) ->
         draft.mkdir()
         tensors: dict[str, Tensor] = {}
         tree = _split(state, "", tensors)
-        save_file(tensors, draft / "state.safetensors")
-        (draft / "state.json").write_text(json.dumps(tree))
+        _save_file(tensors, draft / TENSORS)
+        (draft / TREE).write_text(json.dumps(tree))
         files = {file.name: {"bytes": file.stat().st_size, "sha256": _digest(file)} for file in sorted(draft.iterdir())}
-        (draft / "manifest.json").write_text(json.dumps({"step": step, "files": files}, indent=1))
+        (draft / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=1))
         for file in [*draft.iterdir(), draft]:
             _sync(file)
         if target.exists():
@@ -74,35 +79,63 @@ def load_latest(folder: Path) -> tuple[int, dict[str, Any], list[str]] | None:
     notes: list[str] = []
     for path in _steps(folder):
         try:
-            manifest = json.loads((path / "manifest.json").read_text())
-            for name, told in manifest["files"].items():
-                if _digest(path / name) != told["sha256"]:
-                    raise ValueError(f"{name} is not what was written (SHA-256 differs)")
-            tensors = load_file(path / "state.safetensors")
-            tree = _join(json.loads((path / "state.json").read_text()), tensors)
-            return int(manifest["step"]), tree, notes
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            reason = f"{getattr(error, 'strerror', None) or error}"
+            return _step(path), _load(path), notes
+        except Exception as error:  # what damage can do is not to be listed; it is told, and an older one is tried
+            reason = f"{getattr(error, 'strerror', None) or error}" or type(error).__name__
             notes.append(f"checkpoint {path.name} is damaged and was passed over: {reason}")
     if notes:
         raise ValueError(f"no checkpoint in {folder} can be read: {'; '.join(notes)}; delete the folder to start anew")
     return None
 
 
+def _load(path: Path) -> dict[str, Any]:
+    manifest = json.loads((path / MANIFEST).read_text())
+    if manifest["step"] != _step(path):
+        raise ValueError(f"{MANIFEST} is of step {manifest['step']}")
+    for name in (TENSORS, TREE):
+        told, file = manifest["files"][name], path / name
+        if not file.exists():
+            raise ValueError(f"{name} is missing")
+        if file.stat().st_size != told["bytes"]:
+            raise ValueError(f"{name} has {file.stat().st_size} bytes, {told['bytes']} were written")
+        if _digest(file) != told["sha256"]:
+            raise ValueError(f"{name} is not what was written (SHA-256 differs)")
+    state: dict[str, Any] = _join(json.loads((path / TREE).read_text()), load_file(path / TENSORS))
+    return state
+
+
 def save_weights(model: nn.Module, path: Path) -> None:
-    """A model's state dict as safetensors, moved into place whole."""
+    """A model's state dict as safetensors, moved into place whole.
+
+    Raises:
+        OSError: it cannot be written; what was there before is untouched, and no draft stays.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".tmp-{path.name}")
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}, draft)
-    _sync(draft)
-    draft.replace(path)
+    with whole(path) as draft:
+        _save_file({name: _plain(tensor) for name, tensor in model.state_dict().items()}, draft)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """JSON, moved into place whole."""
+    """JSON, moved into place whole.
+
+    Raises:
+        OSError: as ``save_weights``.
+    """
+    with whole(path) as draft:
+        draft.write_text(json.dumps(value, indent=2) + "\n")
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A draft beside ``path`` to write to; it takes the path's place once it is complete, or is removed."""
     draft = path.with_name(f".tmp-{path.name}")
-    draft.write_text(json.dumps(value, indent=2) + "\n")
-    draft.replace(path)
+    try:
+        yield draft
+        _sync(draft)
+        draft.replace(path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
@@ -133,12 +166,16 @@ def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
 def _split(tree: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     """The tree with its tensors taken out into ``tensors``, by path."""
     if isinstance(tree, Tensor):
-        tensors[path] = tree.detach().cpu().contiguous().clone()
+        while path in tensors:  # {"a/b": …, "a": {"b": …}}
+            path += "'"
+        tensors[path] = _plain(tree)
         return {TENSOR: path}
     if isinstance(tree, Mapping):
-        wrong = [key for key in tree if not isinstance(key, str | int)]
-        assert not wrong, f"checkpoint keys are text or integers, got {wrong}"
-        return {f"{key}": _split(value, f"{path}/{key}", tensors) for key, value in tree.items()}
+        kinds = {type(key) for key in tree}
+        assert kinds <= {str} or kinds == {int}, f"{path}: the keys of a mapping are all text or all integers"
+        assert TENSOR not in tree and INTEGERS not in tree, f"{path}: {TENSOR} and {INTEGERS} are no keys"
+        inner = {str(key): _split(value, f"{path}/{key}", tensors) for key, value in tree.items()}
+        return {INTEGERS: inner} if kinds == {int} else inner
     if isinstance(tree, list | tuple):
         return [_split(value, f"{path}/{i}", tensors) for i, value in enumerate(tree)]
     assert tree is None or isinstance(tree, bool | int | float | str), f"{path}: JSON has no {type(tree).__name__}"
@@ -146,14 +183,37 @@ def _split(tree: Any, path: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def _join(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
-    if isinstance(tree, dict):
-        return tensors[tree[TENSOR]] if TENSOR in tree else {key: _join(value, tensors) for key, value in tree.items()}
-    return [_join(value, tensors) for value in tree] if isinstance(tree, list) else tree
+    """What ``_split`` took apart."""
+    if isinstance(tree, list):
+        return [_join(value, tensors) for value in tree]
+    if not isinstance(tree, dict):
+        return tree
+    if TENSOR in tree:
+        return tensors[tree[TENSOR]]
+    if INTEGERS in tree:
+        return {int(key): _join(value, tensors) for key, value in tree[INTEGERS].items()}
+    return {key: _join(value, tensors) for key, value in tree.items()}
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """On the CPU, contiguous, sharing memory with no other."""
+    return tensor.detach().cpu().contiguous().clone()
+
+
+def _save_file(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:
+        raise OSError(f"{path.parent}: cannot be written ({error}); free some space and start again") from None
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def _steps(folder: Path) -> list[Path]:
     """Checkpoints, newest first."""
-    return sorted((p for p in folder.glob("step-*") if re.fullmatch(r"step-\d+", p.name)), reverse=True)
+    return sorted((p for p in folder.glob("step-*") if re.fullmatch(r"step-\d+", p.name)), key=_step, reverse=True)
 
 
 def _digest(path: Path) -> str:
@@ -162,6 +222,8 @@ def _digest(path: Path) -> str:
 
 
 def _sync(path: Path) -> None:
+    if os.name == "nt":  # Windows neither opens folders nor syncs what is open for reading
+        return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

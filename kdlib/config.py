@@ -1,8 +1,7 @@
 """From command line and YAML files to one plain dictionary, remembering where each value came from.
 
-``CONFIG… key=value …``: later wins. A mapping may name ``base: other.yaml`` (a path beside its own file), which it then
-overlays. YAML is read as version 1.2 has it: only ``true`` and ``false`` are booleans, ``1e-3`` is a number, ``012`` is
-twelve, ``1:30`` is text; a key that stands twice is an error, and no tag can make anything but plain data.
+``CONFIG… key=value …``: later wins. A mapping may name ``base: other.yaml`` (a path beside its own file, or a list of
+them), which it then overlays. What YAML is here: see ``yaml12``.
 """
 
 from __future__ import annotations
@@ -11,11 +10,13 @@ import re
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import yaml
+from .yaml12 import DEEPEST, YAMLError, parse
 
 Key = tuple[str | int, ...]
+LARGEST = 100_000
+"""Bytes of a config file; parsing so many takes a second."""
 
 
 class ConfigError(ValueError):
@@ -26,62 +27,128 @@ class ConfigError(ValueError):
         super().__init__("\n".join(self.lines))
 
 
+class Source(NamedTuple):
+    """Who says a value, and the files (resolved) through which it was reached as a base."""
+
+    name: str
+    folder: Path = Path()
+    above: tuple[Path, ...] = ()
+
+
+COMMAND_LINE = Source("command line")
+
+
 class Document:
     """A dictionary, and for each of its values the file (or ``command line``) that said it."""
 
     def __init__(self) -> None:
         self.data: dict[str, Any] = {}
-        self._origins: dict[Key, str] = {}
+        self._origins: dict[tuple[str, ...], str] = {}
 
-    def overlay(self, data: Mapping[str, Any], origin: str) -> None:
-        """Lays ``data`` over what is there."""
-        merge(self.data, data)
-        self._note((), data, origin)
+    def overlay(self, data: Mapping[str, Any], origin: str | Source) -> None:
+        """Lays ``data`` over what is there: mappings join, all else replaces.
+
+        A ``loss`` of another name replaces the old one whole, since the arguments of one mean nothing to another.
+
+        Raises:
+            ConfigError: a ``base`` that cannot be read.
+        """
+        self._lay(self.data, (), data, Source(origin) if isinstance(origin, str) else origin)
 
     def assign(self, text: str) -> None:
-        """Obeys one ``dotted.key=value``; the value is YAML, a number in the key is a list index."""
-        key, _, value = text.partition("=")
-        path = [int(part) if part.isdigit() else part for part in key.split(".")]
-        parsed = parse(value, f"command line: {key}")
-        node: Any = self.data
-        for i, part in enumerate(path):
-            place, last = ".".join(map(str, path[: i + 1])), i == len(path) - 1
-            if isinstance(node, list):
-                if not isinstance(part, int) or part >= len(node):
-                    raise ConfigError(
-                        [f"command line: {place}: the list has the indices 0 to {len(node) - 1} (got {part})"]
-                    )
-            elif isinstance(node, dict):
-                part = str(part)
-                if not last and not isinstance(node.get(part), dict | list):
-                    node[part] = {}
-            else:
-                raise ConfigError([f"command line: {place}: what is above it is {node!r}, not a mapping or a list"])
-            if last and part == "name" and i and path[i - 1] == "loss" and node.get("name") != parsed:
-                node.clear()
-            if last:
-                _put(node, part, parsed)
-            node = node[part]
-        self._note(tuple(path), parsed, "command line")
+        """Obeys one ``dotted.key=value``; the value is YAML, a number in the key is a list index.
 
-    def _note(self, key: Key, value: Any, origin: str) -> None:
-        if key:
-            self._origins[key] = origin
-        items: Iterable[tuple[Any, Any]] = ()
-        if isinstance(value, Mapping):
-            items = value.items()
-        elif isinstance(value, list):
-            items = enumerate(value)
-        for name, inner in items:
-            self._note((*key, name), inner, origin)
+        Raises:
+            ConfigError: a value that cannot be read, or a key that fits nowhere.
+        """
+        key, _, value = text.partition("=")
+        path = key.split(".")
+        if not all(path) or len(path) > DEEPEST:
+            raise ConfigError([f"command line: {key[:60]}: a key is words joined by single dots"])
+        parsed = _parse(value, f"command line: {key}")
+        node: Any = self.data
+        for i, part in enumerate(path[:-1]):
+            place = _place(node, path[: i + 1])
+            if isinstance(node, dict) and not isinstance(node.get(part), dict | list):
+                self._put(node, part, tuple(path[: i + 1]), {}, COMMAND_LINE)
+            node = node[place]
+        last = _place(node, path)
+        if last == "name" and path[-2:-1] == ["loss"] and _renamed(node, parsed):
+            node.clear()
+        if last == "base":
+            self._lay(node, tuple(path[:-1]), {"base": parsed}, COMMAND_LINE)
+        else:
+            self._put(node, last, tuple(path), parsed, COMMAND_LINE)
 
     def origin(self, key: Key) -> str:
         """Who said ``key``, or the nearest thing above it; ``config`` for a default."""
-        while key:
-            if key in self._origins:
-                return self._origins[key]
-            key = key[:-1]
+        names = tuple(map(str, key))
+        for end in range(len(names), 0, -1):
+            if names[:end] in self._origins:
+                return self._origins[names[:end]]
         return next(iter(self._origins.values()), "config")
+
+    def _lay(self, node: dict[str, Any], at: tuple[str, ...], data: Mapping[str, Any], source: Source) -> None:
+        bases = data.get("base", [])
+        for base in bases if isinstance(bases, list) else [bases]:
+            if not isinstance(base, str):
+                place = ".".join((*at, "base"))
+                raise ConfigError(
+                    [f"{source.name}: {place}: expected the path of a file beside this one (got {base!r})"]
+                )
+            try:
+                found = read_file(source.folder / base, source.above)
+            except ConfigError as error:
+                raise ConfigError(f"{source.name}: {'.'.join((*at, 'base'))}: {line}" for line in error.lines) from None
+            self._lay(node, at, *found)
+        for key, value in data.items():
+            if key != "base":
+                self._put(node, key, (*at, str(key)), value, source)
+
+    def _put(self, node: Any, key: str | int, at: tuple[str, ...], value: Any, source: Source) -> None:
+        old = node.get(key) if isinstance(node, dict) else node[key]
+        if key == "loss":
+            old, value = _named(old), _named(value)
+            if isinstance(value, dict) and _renamed(old, value.get("name")):
+                old = None
+        self._note(at, value, source.name)
+        if isinstance(value, Mapping):
+            node[key] = old if isinstance(old, dict) else {}
+            self._lay(node[key], at, value, source)
+        else:
+            node[key] = value
+
+    def _note(self, at: tuple[str, ...], value: Any, origin: str) -> None:
+        for end in range(1, len(at) + 1):  # of a mapping, whoever touched it last
+            self._origins[at[:end]] = origin
+        for i, inner in enumerate(value if isinstance(value, list) else ()):
+            self._note((*at, str(i)), inner, origin)
+
+
+def _named(loss: Any) -> Any:
+    """``hard_label`` is short for ``{name: hard_label}``."""
+    return {"name": loss} if isinstance(loss, str) else loss
+
+
+def _renamed(old: Any, name: Any) -> bool:
+    return isinstance(old, dict) and "name" in old and name is not None and old["name"] != name
+
+
+def _place(node: Any, path: list[str]) -> str | int:
+    """The last part of ``path`` as a key of the mapping, or an index of the list, that ``node`` is."""
+    place, part = ".".join(path), path[-1]
+    if isinstance(node, dict):
+        return part
+    if not isinstance(node, list):
+        raise ConfigError([f"command line: {place}: what is above it is {node!r}, not a mapping or a list"])
+    if not re.fullmatch("[0-9]{1,6}", part) or int(part) >= len(node):
+        raise ConfigError([f"command line: {place}: the list has the indices 0 to {len(node) - 1} (got {part})"])
+    return int(part)
+
+
+def is_assignment(argument: str) -> bool:
+    """Whether an argument of the command line is ``key=value``; any other one is a file."""
+    return re.match(r"[A-Za-z_][\w.-]*=", argument) is not None
 
 
 def read(arguments: Iterable[str]) -> Document:
@@ -92,136 +159,58 @@ def read(arguments: Iterable[str]) -> Document:
     """
     document = Document()
     for argument in arguments:
-        if re.match(r"[A-Za-z_][\w.-]*=", argument):
+        if is_assignment(argument):
             document.assign(argument)
         elif argument.startswith("-"):
-            raise ConfigError(
-                [f"command line: unknown option {argument} (known: --help, --print-config, --schema, --debug)"]
-            )
+            known = "--help, --print-config, --schema, --debug; values are written key=value"
+            raise ConfigError([f"command line: unknown option {argument} (known: {known})"])
         else:
-            document.overlay(read_file(Path(argument)), argument)
+            document.overlay(*read_file(Path(argument)))
     return document
 
 
-def read_file(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """One YAML file as a dictionary, its bases underneath."""
-    if path.resolve() in above:
-        raise ConfigError([f"{path}: base: the files include each other in a circle"])
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = "is a directory" if path.is_dir() else getattr(error, "strerror", None) or "is no UTF-8 text"
-        near = (
-            get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], n=1)
-            if path.parent.is_dir()
-            else []
-        )
-        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
-        raise ConfigError([f"{path}: cannot be read ({reason}){hint}"]) from None
-    data = parse(text, str(path))
-    if data is None:
-        return {}
-    if not isinstance(data, dict):
-        raise ConfigError([f"{path}: a config is a mapping of keys to values (got {type(data).__name__})"])
-    return _with_bases(data, path, (*above, path.resolve()))
-
-
-def _with_bases(data: dict[str, Any], path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
-    data = {key: _with_bases(value, path, above) if isinstance(value, dict) else value for key, value in data.items()}
-    bases = data.pop("base", [])
-    result: dict[str, Any] = {}
-    for base in [bases] if isinstance(bases, str) else bases:
-        if not isinstance(base, str):
-            raise ConfigError([f"{path}: base: expected the path of a file beside this one (got {base!r})"])
-        merge(result, read_file(path.parent / base, above))
-    merge(result, data)
-    return result
-
-
-def merge(under: dict[str, Any], over: Mapping[str, Any]) -> None:
-    """Lays ``over`` over ``under`` in place: mappings join, all else replaces.
-
-    A ``loss`` of another name replaces the old one whole, since the arguments of one mean nothing to another.
-    """
-    for key, value in over.items():
-        _put(under, key, value)
-
-
-def _put(node: Any, key: Any, value: Any) -> None:
-    old = node.get(key) if isinstance(node, dict) else node[key]
-    if key == "loss":
-        old, value = _named(old), _named(value)
-        if isinstance(old, dict) and isinstance(value, dict) and value.get("name", old["name"]) != old["name"]:
-            old = None
-    if isinstance(value, Mapping):
-        node[key] = old if isinstance(old, dict) else {}
-        merge(node[key], value)
-    else:
-        node[key] = value
-
-
-def _named(loss: Any) -> Any:
-    """``hard_label`` is short for ``{name: hard_label}``."""
-    return {"name": loss} if isinstance(loss, str) else loss
-
-
-def parse(text: str, where: str) -> Any:
-    """YAML text as plain data.
+def read_file(path: Path, above: tuple[Path, ...] = ()) -> tuple[dict[str, Any], Source]:
+    """One YAML file as a dictionary, its bases not yet read, and the source that it is.
 
     Raises:
-        ConfigError: one line that says where and what.
+        ConfigError: a file that is missing, too large or no mapping, a circle of bases, YAML that cannot be read.
     """
     try:
-        return yaml.load(text, _Loader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        line = f" line {mark.line + 1}, column {mark.column + 1}:" if mark and "\n" in text.strip() else ""
-        hint = ""
-        near = text[max(mark.index - 1, 0) : mark.index + 1] if mark else ""
-        if special := next((c for c in near if c in "@*%`"), ""):
-            hint = f'; a value that begins with {special} needs quotes: "{special}…"'
-        raise ConfigError([f"{where}:{line} {error.problem or error.context}{hint}"]) from None
-    except yaml.YAMLError as error:
-        raise ConfigError([f"{where}: {' '.join(str(error).split())}"]) from None
-    except RecursionError:
-        raise ConfigError([f"{where}: nested too deeply"]) from None
-    except ValueError:  # Python converts no integer of more than some thousand digits
-        raise ConfigError([f"{where}: a number has too many digits"]) from None
+        real = path.resolve()
+        if real in above:
+            raise ConfigError([f"{path}: the files include each other in a circle"])
+        with path.open("rb") as file:
+            content = file.read(LARGEST + 1)
+        if len(content) > LARGEST:
+            raise ConfigError([f"{path}: is larger than {LARGEST:,} bytes, which no config is"])
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ConfigError([f"{path}: cannot be read (is no UTF-8 text)"]) from None
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: a loop of links; ValueError: NUL in the name
+        if isinstance(error, ConfigError):
+            raise
+        reason, name = getattr(error, "strerror", None) or error, str(path)
+        name = name if name.isprintable() and " " not in name else repr(name)
+        raise ConfigError([f"{name}: cannot be read ({reason}){_other(path)}"]) from None
+    data = _parse(text, str(path))
+    if data is not None and not isinstance(data, dict):
+        raise ConfigError([f"{path}: a config is a mapping of keys to values (got {type(data).__name__})"])
+    return data or {}, Source(str(path), path.parent, (*above, real))
 
 
-class _Loader(yaml.SafeLoader):
-    """The core schema of YAML 1.2, without duplicate keys and without tags."""
-
-    yaml_implicit_resolvers = {}  # noqa: RUF012
-
-
-def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[str, Any]:
-    seen: dict[str, Any] = {}
-    for key_node, value_node in node.value:
-        key = loader.construct_object(key_node, deep=True)
-        if isinstance(key, list | dict):
-            raise yaml.constructor.ConstructorError(None, None, "a key is text or a number", key_node.start_mark)
-        if str(key) in seen:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", key_node.start_mark)
-        seen[str(key)] = loader.construct_object(value_node, deep=True)
-    return seen
+def _other(path: Path) -> str:
+    """A hint at what may have been meant by a path that cannot be read."""
+    try:
+        near = get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], n=1)
+    except (OSError, ValueError):
+        near = []
+    if near:
+        return f"; did you mean {path.parent / near[0]}?"
+    return "" if path.suffix else "; a CONFIG is a YAML file, and values are written key=value"
 
 
-def _refuse(loader: _Loader, node: yaml.Node) -> Any:
-    raise yaml.constructor.ConstructorError(None, None, f"the tag {node.tag!r} is not allowed", node.start_mark)
-
-
-_FLOAT = r"[-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?"
-for _tag, _pattern, _first in (
-    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    ("null", r"~|null|Null|NULL|", "~nN"),
-    ("int", r"[-+]?\d+", "-+0123456789"),
-    ("float", rf"{_FLOAT}|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+0123456789."),
-):
-    _Loader.add_implicit_resolver(
-        f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})\Z"), [*_first, *(("",) * (_tag == "null"))]
-    )
-_Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
-for _tag in ("binary", "omap", "pairs", "set", "timestamp", "merge"):
-    _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _refuse)
+def _parse(text: str, where: str) -> Any:
+    try:
+        return parse(text)
+    except YAMLError as error:
+        raise ConfigError([f"{where}: {error}"]) from None

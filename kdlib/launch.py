@@ -4,27 +4,30 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-import yaml
-
-from .config import ConfigError, read
+from .config import ConfigError, Document, is_assignment, read
 from .progress import console
 from .recipe import Recipe, json_schema, load
+from .runfolder import resolved
+from .usage import usage
+from .yaml12 import dump
 
 FLAGS = ("--help", "-h", "--print-config", "--schema", "--debug")
+WRONG_INPUT, FAILED, STOPPED = 2, 1, 130
 
 
 def main(body: Callable[[Recipe], None], default: Path, arguments: Sequence[str] | None = None) -> int:
     """Runs ``body`` with the recipe of the command line ``[CONFIG…] [key=value …]``; returns the exit code.
 
-    0 is done, 2 is a config or an input that is wrong (one line each on stderr), 130 is Ctrl-C. ``default`` is read
-    where no CONFIG is given. ``--debug`` shows where an error came from.
+    0 is done, 2 is a config or an input that is wrong, 1 a disk or a file system that failed (one line each on stderr),
+    130 is Ctrl-C. ``default`` is read where no CONFIG is given. With ``--debug`` an error comes through as it is.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     flags = {flag for flag in arguments if flag in FLAGS}
     rest = [argument for argument in arguments if argument not in FLAGS]
+    document = Document()
     try:
         if flags & {"--help", "-h"}:
             print(usage(default))
@@ -32,43 +35,42 @@ def main(body: Callable[[Recipe], None], default: Path, arguments: Sequence[str]
         if "--schema" in flags:
             print(json.dumps(json_schema(), indent=1))
             return 0
-        given = [argument for argument in rest if "=" not in argument and not argument.startswith("-")]
-        recipe = load(read(rest if given else [str(default), *rest]))
+        files = [argument for argument in rest if not is_assignment(argument) and not argument.startswith("-")]
+        document = read(rest if files else [str(default), *rest])
+        recipe = load(document)
         if "--print-config" in flags:
-            print(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False), end="")
+            print(dump(resolved(recipe)), end="")
             return 0
         body(recipe)
-    except (ConfigError, ValueError, FileNotFoundError) as error:
+    except Exception as error:
         if "--debug" in flags:
             raise
-        print("\n".join(error.lines if isinstance(error, ConfigError) else [str(error)]), file=sys.stderr)
-        return 2
+        if isinstance(error, ConfigError):
+            return _fail(_with_origin(error.lines, document), WRONG_INPUT)
+        if isinstance(error, ValueError):
+            return _fail([f"{_line(error)} (--debug shows where)"], WRONG_INPUT)
+        if isinstance(error, OSError):
+            return _fail([f"{_line(error)} (what was saved before is whole; --debug shows where)"], FAILED)
+        raise
     except KeyboardInterrupt:
         if "--debug" in flags:
             raise
         command = " ".join(["accelerate launch", sys.argv[0], *rest])
         console.print(f"\nstopped; the last whole epoch is saved. To go on: {command}", markup=False)
-        return 130
+        return STOPPED
     return 0
 
 
-def usage(default: Path) -> str:
-    """The help text, from the fields of the recipe."""
-    lines = [
-        f"usage: {Path(sys.argv[0]).name} [CONFIG.yaml …] [key=value …] [--print-config] [--schema] [--debug]",
-        "",
-        f"Later wins; keys are dotted, a number is a list index. Without a CONFIG: {default.name}.",
-        "Example: epochs=20 optimizer.lr=2e-3 terms.soft.weight=0.5 data.name=folder data.root=/path",
-        "",
-    ]
-    definitions = json_schema()["$defs"] | {"": json_schema()}
-    for title, schema in [("", definitions[""])] + [
-        (name, definitions[name]) for name in ("Student", "Teacher", "Term", "Optimizer", "Schedule", "Augment")
-    ]:
-        lines.append(f"{title or 'recipe'}:")
-        for key, field in schema.get("properties", {}).items():
-            default_value = (
-                "" if "default" not in field or isinstance(field["default"], dict) else f" [{field['default']}]"
-            )
-            lines.append(f"  {key}{default_value}  {' '.join(str(field.get('description', '')).split())}".rstrip())
-    return "\n".join(lines)
+def _with_origin(lines: Iterable[str], document: Document) -> list[str]:
+    """Lines that begin with a key of the recipe get the file that said it in front."""
+    keys = [(tuple(line.partition(":")[0].split(".")), line) for line in lines]
+    return [f"{document.origin(key)}: {line}" if key[0] in Recipe.model_fields else line for key, line in keys]
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _fail(lines: Iterable[str], code: int) -> int:
+    print("\n".join(lines), file=sys.stderr)
+    return code

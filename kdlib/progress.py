@@ -27,9 +27,12 @@ class Bar:
         self.done += 1
         if self._progress is not None and self._task is not None:
             self._progress.advance(self._task)
-        elif self._shown and (monotonic() - self._last > EVERY or self.done == self.total):
+        elif monotonic() - self._last > EVERY:
             self._last = monotonic()
-            console.print(f"{self.title}: {self.done}/{self.total} {self.text}".rstrip(), markup=False)
+            self.print_line()
+
+    def print_line(self) -> None:
+        say(f"{self.title}: {self.done}/{self.total} {self.text}".rstrip(), self._shown)
 
     def say(self, text: str) -> None:
         self.text = text
@@ -41,7 +44,9 @@ class Bar:
 def bar(title: str, total: int, done: int = 0, shown: bool = True) -> Iterator[Bar]:
     """A progress bar over ``total`` steps of which ``done`` lie behind."""
     if not (shown and console.is_terminal):
-        yield Bar(title, total, done, None, shown)
+        plain = Bar(title, total, done, None, shown)
+        yield plain
+        plain.print_line()
         return
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, TextColumn("{task.fields[text]}"), console=console) as progress:

@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from safetensors.torch import load_file
+from torch import Tensor
 
-from . import checkpoint
-from .config import ConfigError, Document
+from . import runfolder
+from .config import ConfigError
 from .data import Data
 from .distiller import Distiller, Panel, Teacher
-from .plan import fit
+from .plan import Plan, fit
 from .progress import say
-from .recipe import Recipe, build, load
+from .recipe import Recipe, build, load_children, weights
 from .train import Training, evaluate
-
-NO_MATTER = ("output", "threads", "log_every")
-"""Keys that change nothing in what a run computes."""
 
 
 @dataclass
@@ -53,9 +47,13 @@ def start(recipe: Recipe) -> Accelerator:
     """The accelerator of this process, its threads set.
 
     Raises:
-        ConfigError: the launcher started several processes that do not know of each other.
+        ConfigError: the launcher started several processes that do not know of each other, or a precision that this
+            device does not have.
     """
-    accelerator = Accelerator(mixed_precision="no" if recipe.precision == "none" else recipe.precision)
+    try:
+        accelerator = Accelerator(mixed_precision="no" if recipe.precision == "none" else recipe.precision)
+    except ValueError as error:
+        raise ConfigError([f"precision: {recipe.precision} cannot be had here: {error}"]) from None
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world != accelerator.num_processes:
         raise ConfigError(
@@ -65,116 +63,176 @@ def start(recipe: Recipe) -> Accelerator:
             ]
         )
     if recipe.threads or (accelerator.device.type == "cpu" and world == 1):
-        torch.set_num_threads(recipe.threads or os.cpu_count() or 1)  # accelerate launch leaves one thread on a CPU
+        torch.set_num_threads(recipe.threads or _cores())  # accelerate launch leaves one thread on a CPU
     return accelerator
 
 
+def _cores() -> int:
+    """Cores that this process may use; a container often has fewer than the machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@dataclass
+class Ready:
+    """A run of which everything was checked and nothing was made yet."""
+
+    recipe: Recipe
+    title: str
+    data: Data
+    images: Tensor
+    """Two training images, for dry runs."""
+    student: torch.nn.Module
+    panel: Panel
+    prepare: dict[str, torch.nn.Module]
+    plan: Plan
+    teachers: dict[str, Ready] = field(default_factory=dict)
+    """The runs that train teachers which have no weights yet."""
+    baseline: Ready | None = None
+
+
 def run(
-    recipe: Recipe, accelerator: Accelerator | None = None, convert: build.Convert | None = None, title: str = "student"
+    recipe: Recipe,
+    accelerator: Accelerator | None = None,
+    convert: weights.Convert | None = None,
+    title: str = "student",
 ) -> Outcome:
     """Trains what the recipe says, or reads it back where its folder holds the finished run.
 
     Teachers without weights and the baseline are runs of their own, beside this one, named by their config; a run that
-    was stopped goes on from its last checkpoint. Everything is checked (models, taps, shapes, a batch through all of
-    it) before the first folder is made.
+    was stopped goes on from its last checkpoint. Everything is checked (models, weights, taps, shapes, a batch through
+    all of it, in each run) before the first folder is made.
 
     Args:
-        convert: for weight files of foreign names, see ``recipe.build.load_weights``.
+        convert: for weight files of foreign names, see ``recipe.weights.load_weights``.
 
     Raises:
         ConfigError: anything in the recipe that does not fit, or a folder that holds another run.
     """
-    began = perf_counter()
     accelerator = accelerator or start(recipe)
-    shown = accelerator.is_main_process
-    _claimable(recipe)
+    return _make(get_ready(recipe, accelerator, convert, title), accelerator)
+
+
+def get_ready(
+    recipe: Recipe,
+    accelerator: Accelerator,
+    convert: weights.Convert | None = None,
+    title: str = "student",
+    parent: Ready | None = None,
+) -> Ready:
+    """Builds and checks everything that a run and its children need; writes nothing.
+
+    Args:
+        parent: the run that needs this one; its data are shared where they are the same.
+
+    Raises:
+        ConfigError: as ``run``.
+    """
+    runfolder.check_free(recipe)
+    if parent is not None and (parent.recipe.data, parent.recipe.seed) == (recipe.data, recipe.seed):
+        data, images = parent.data, parent.images
+    else:
+        data = build.open_data(recipe, accelerator.device, accelerator.process_index, accelerator.num_processes)
+        try:
+            images = next(data.train.epoch(0))[0][:2].cpu()
+        except ValueError as error:
+            raise ConfigError([f"data: {error}"]) from None
+    if recipe.accumulate > len(data.train):
+        raise ConfigError([f"accumulate: an epoch has {len(data.train)} batches (got {recipe.accumulate}); lower it"])
     set_seed(recipe.seed)
-    data = build.open_data(recipe, accelerator.device, accelerator.process_index, accelerator.num_processes)
     student = build.build_model(recipe.student, data, "student")
     if recipe.student.weights is not None:
-        build.load_weights(student, recipe.student.weights, "student.weights", convert)
+        weights.load_weights(student, recipe.student.weights, "student.weights", convert)
     panel = Panel({name: build.build_model(spec, data, f"teachers.{name}") for name, spec in recipe.teachers.items()})
-    prepare = build.build_prepare(recipe, data, panel)
-    terms = build.build_terms(recipe, student, panel)
-    images = next(data.train.epoch(0))[0][:2].cpu()
-    try:
-        plan = fit(terms, student, panel, images, prepare=prepare)
-    except ValueError as error:
-        raise ConfigError([f"terms: {error}"]) from None
-    children = {
-        name: _teacher_recipe(recipe, name) for name, spec in recipe.teachers.items() if not build.is_foreign(spec)
-    }
-    baseline = _baseline_recipe(recipe)
-
-    teachers = {name: run(child, accelerator, convert, f"teacher {name}") for name, child in children.items()}
-    outcome = Outcome(recipe.student.name, recipe.output, student, data, {}, accelerator, teachers)
-    if baseline is not None:
-        outcome.baseline = run(baseline, accelerator, convert, "baseline")
     for name, spec in recipe.teachers.items():
-        if name in teachers:
-            panel[name].load_state_dict(teachers[name].student.state_dict())
-        elif spec.weights is not None:
-            build.load_weights(panel[name], spec.weights, f"teachers.{name}.weights", convert)
-    if recipe.student.init is not None:
-        copied, rest = build.inherit(student, panel[recipe.student.init])
-        if not copied:
-            raise ConfigError(
-                [f"student.init: no tensor of {recipe.student.init!r} has a name and shape of the student's"]
-            )
-        say(f"{title}: {len(copied)} tensors from teacher {recipe.student.init!r}, {len(rest)} of its own", shown)
+        if spec.weights is not None:
+            weights.load_weights(panel[name], spec.weights, f"teachers.{name}.weights", convert)
+    if (init := recipe.student.init) is not None and not weights.shared(student, panel[init]):
+        raise ConfigError([f"student.init: no tensor of teacher {init!r} has a name and shape of the student's"])
+    prepare = build.build_prepare(recipe, data, panel)
+    build.check_answers(recipe, student, panel, prepare, images, len(data.classes))
+    try:
+        plan = fit(build.build_terms(recipe, student, panel), student, panel, images, prepare=prepare)
+    except (ValueError, RuntimeError) as error:
+        raise error if isinstance(error, ConfigError) else ConfigError([build.of_term(error)]) from None
+    ready = Ready(recipe, title, data, images, student, panel, prepare, plan)
+    for at, child in load_children(recipe).items():
+        child = runfolder.beside(child, recipe)
+        with _inside(".".join(map(str, at))):
+            if at == ("baseline",):
+                ready.baseline = get_ready(child, accelerator, convert, "baseline", ready)
+            else:
+                ready.teachers[str(at[1])] = get_ready(child, accelerator, convert, f"teacher {at[1]}", ready)
+    return ready
 
-    done = recipe.output / "summary.json"
-    if done.exists():
-        outcome.result = json.loads(done.read_text())["result"]
-        student.load_state_dict(load_file(recipe.output / "student.safetensors"))
+
+@contextmanager
+def _inside(where: str) -> Iterator[None]:
+    """Puts the place of a child before what is wrong with it."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{where}.{line}" for line in error.lines) from None
+
+
+def _make(ready: Ready, accelerator: Accelerator) -> Outcome:
+    """Makes the children, then the run itself, each unless it is there already."""
+    began = perf_counter()
+    recipe, student, panel, title = ready.recipe, ready.student, ready.panel, ready.title
+    shown = accelerator.is_main_process
+    teachers = {name: _make(child, accelerator) for name, child in ready.teachers.items()}
+    outcome = Outcome(recipe.student.name, recipe.output, student, ready.data, {}, accelerator, teachers)
+    if ready.baseline is not None:
+        outcome.baseline = _make(ready.baseline, accelerator)
+    for name, child in teachers.items():
+        panel[name].load_state_dict(child.student.state_dict())
+    result = runfolder.finished(recipe, student)
+    if result is None:
+        if recipe.student.init is not None:
+            copied = weights.inherit(student, panel[recipe.student.init])
+            own = len(student.state_dict()) - len(copied)
+            say(f"{title}: {len(copied)} tensors from teacher {recipe.student.init!r}, {own} of its own", shown)
+        say(f"{title}: {recipe.student.name} → {recipe.output}\n{ready.plan}", shown)
+        if shown:
+            runfolder.claim(recipe)
+        accelerator.wait_for_everyone()
+        result = _train(ready, accelerator)
+        if shown:
+            runfolder.finish(recipe, student, result, perf_counter() - began)
+    else:
         student.to(accelerator.device)
         say(f"{title}: finished before, read from {recipe.output}", shown)
-    else:
-        say(f"{title}: {recipe.student.name} → {recipe.output}\n{plan}", shown)
-        _claim(recipe, accelerator)
-        outcome.result = _train(recipe, accelerator, student, panel, plan.terms, prepare, data, title)
-        if shown:
-            checkpoint.save_weights(student, recipe.output / "student.safetensors")
-            checkpoint.write_json(done, {"result": outcome.result, "seconds": perf_counter() - began})
-        accelerator.wait_for_everyone()
+    accelerator.wait_for_everyone()
+    outcome.result = result
     for name, spec in recipe.teachers.items():
         if name not in teachers:
             member = panel[name].to(accelerator.device)
-            result = {} if name in prepare else evaluate(member, data.test, accelerator)
-            teachers[name] = Outcome(spec.name, recipe.output, member, data, result, accelerator)
+            measured = {} if name in ready.prepare else evaluate(member, ready.data.test, accelerator)
+            teachers[name] = Outcome(spec.name, recipe.output, member, ready.data, measured, accelerator)
     outcome.seconds = perf_counter() - began
     return outcome
 
 
-def _train(
-    recipe: Recipe,
-    accelerator: Accelerator,
-    student: torch.nn.Module,
-    panel: Panel,
-    terms: Any,
-    prepare: Any,
-    data: Data,
-    title: str,
-) -> dict[str, float]:
+def _train(ready: Ready, accelerator: Accelerator) -> dict[str, float]:
+    recipe, terms, data, panel = ready.recipe, ready.plan.terms, ready.data, ready.panel
     set_seed(recipe.seed)  # what was drawn above depends on what was there already
     memory = torch.channels_last if recipe.channels_last else torch.preserve_format
-    distiller = Distiller(student.to(accelerator.device, memory_format=memory), terms).to(accelerator.device)  # type: ignore[call-overload]
+    distiller = Distiller(ready.student.to(accelerator.device, memory_format=memory), terms).to(accelerator.device)  # type: ignore[call-overload]
     teacher = (
-        Teacher(panel, terms, prepare=prepare, channels_last=recipe.channels_last).to(accelerator.device)
+        Teacher(panel, terms, prepare=ready.prepare, channels_last=recipe.channels_last).to(accelerator.device)
         if panel
         else None
     )
-    optimizer = build.build_optimizer(recipe, distiller)
+    optimizer = build.build_optimizer(recipe.optimizer, distiller)
     training = Training(
         distiller,
         teacher,
         data,
         optimizer,
-        build.build_scheduler(recipe, optimizer, max(1, len(data.train) // recipe.accumulate)),
+        build.build_scheduler(recipe, optimizer, len(data.train) // recipe.accumulate),
         accelerator,
         recipe.output,
         recipe.epochs,
-        title,
+        ready.title,
         recipe.accumulate,
         recipe.optimizer.clip_grad,
         recipe.channels_last,
@@ -186,76 +244,3 @@ def _train(
         return training.run()
     finally:
         distiller.taps.remove()
-
-
-def resolved(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as plain data, defaults included."""
-    return recipe.model_dump(mode="json")
-
-
-def _identity(recipe: Recipe) -> dict[str, Any]:
-    return {key: value for key, value in resolved(recipe).items() if key not in NO_MATTER}
-
-
-def _teacher_recipe(recipe: Recipe, name: str) -> Recipe:
-    spec = recipe.teachers[name]
-    return _child(recipe, {"name": spec.name, **spec.arguments}, spec.recipe or {}, {}, f"teachers.{name}.recipe")
-
-
-def _baseline_recipe(recipe: Recipe) -> Recipe | None:
-    if recipe.baseline is None:
-        return None
-    kept = {key: resolved(recipe)[key] for key in ("epochs", "optimizer", "schedule", "accumulate")}
-    return _child(recipe, {"name": recipe.student.name, **recipe.student.arguments}, recipe.baseline, kept, "baseline")
-
-
-def _child(recipe: Recipe, model: dict[str, Any], own: Mapping[str, Any], kept: dict[str, Any], where: str) -> Recipe:
-    """A recipe for ``model`` under the data, seed and machine settings of ``recipe``, its ``own`` keys over them."""
-    shared = ("data", "seed", "precision", "channels_last", "compile", "threads", "log_every", "eval_every")
-    document = Document()
-    document.overlay({key: resolved(recipe)[key] for key in shared} | kept | {"student": model}, where)
-    document.overlay(own, where)
-    child = load(document)
-    digest = hashlib.sha256(json.dumps(_identity(child), sort_keys=True).encode()).hexdigest()[:8]
-    return child.model_copy(update={"output": recipe.output.parent / f"{child.student.name}-{digest}"})
-
-
-def _claimable(recipe: Recipe) -> None:
-    """Raises ConfigError if the output folder holds anything but this very run."""
-    folder, file = recipe.output, recipe.output / "config.yaml"
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError([f"output: {folder} is a file; name a folder"])
-    if not file.exists():
-        if folder.exists() and any(folder.iterdir()):
-            raise ConfigError([f"output: {folder} is not empty and holds no run; choose another output=…"])
-        return
-    there = yaml.safe_load(file.read_text())
-    there = there if isinstance(there, dict) else {}
-    for key, value in _identity(recipe).items():
-        if there.get(key) != value:
-            old, new = _difference(there.get(key), value)
-            raise ConfigError(
-                [
-                    f"output: {folder} already holds a run with another {key} ({old} there, {new} here); "
-                    "choose another output=… or delete it"
-                ]
-            )
-
-
-def _difference(old: Any, new: Any) -> tuple[str, str]:
-    """The first part in which two values differ, shown short."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in [*new, *old]:
-            if old.get(key) != new.get(key):
-                inner = _difference(old.get(key), new.get(key))
-                return f"{key}: {inner[0]}", f"{key}: {inner[1]}"
-    return str(old)[:60], str(new)[:60]
-
-
-def _claim(recipe: Recipe, accelerator: Accelerator) -> None:
-    if accelerator.is_main_process:
-        recipe.output.mkdir(parents=True, exist_ok=True)
-        draft = recipe.output / ".tmp-config.yaml"
-        draft.write_text(yaml.safe_dump(resolved(recipe), sort_keys=False))
-        draft.replace(recipe.output / "config.yaml")
-    accelerator.wait_for_everyone()

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from difflib import get_close_matches
-from pathlib import Path
-from typing import Any
+import re
+from collections.abc import Mapping
 
 import timm
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 
@@ -23,10 +19,11 @@ from ..data import load as load_data
 from ..distiller import Panel
 from ..losses import LOSSES
 from ..pairing import Pair, pair
-from .schema import Named, Recipe, Student, Teacher, Term
+from .schema import Named, Optimizer, Recipe, Teacher, Term
+from .wording import nearest
 
-Convert = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
-"""Turns a checkpoint of foreign names into the state dict of a model here; ValueError if it does not know it."""
+USUAL = ("in_chans", "num_classes", "drop_rate", "drop_path_rate", "pretrained")
+"""Arguments that most models of timm take; a hint for a misspelt one."""
 
 
 def open_data(recipe: Recipe, device: torch.device, rank: int, world_size: int) -> Data:
@@ -39,13 +36,7 @@ def open_data(recipe: Recipe, device: torch.device, rank: int, world_size: int) 
     try:
         if "augment" in arguments:
             arguments["augment"] = Augment(**arguments["augment"])
-        return load_data(
-            **arguments,
-            seed=recipe.seed,
-            device=device,
-            rank=rank,
-            world_size=world_size,
-        )
+        return load_data(**arguments, seed=recipe.seed, device=device, rank=rank, world_size=world_size)
     except (ValueError, OSError) as error:
         raise ConfigError([f"data: {error}"]) from None
 
@@ -54,87 +45,83 @@ def build_model(spec: Named, data: Data, where: str) -> nn.Module:
     """The timm model that ``spec`` names, with as many classes and channels as the data have.
 
     Raises:
-        ConfigError: an unknown name (with the nearest right ones), or arguments that the model does not take.
+        ConfigError: arguments that the model does not take, or weights that cannot be had.
     """
-    known = timm.list_models()
-    if spec.name not in known and not spec.name.startswith(("hf-hub:", "local-dir:")):
-        near = get_close_matches(spec.name, known, n=3)
-        hint = f"; did you mean {' or '.join(near)}?" if near else "; timm.list_models() lists them"
-        raise ConfigError([f"{where}.name: no model {spec.name!r}{hint}"])
     arguments = {"num_classes": len(data.classes)} | spec.arguments
     if data.channels != 3:
         arguments = {"in_chans": data.channels} | arguments
     try:
         return timm.create_model(spec.name, **arguments)
-    except (TypeError, ValueError, RuntimeError, OSError) as error:
-        reason = str(error).split("\n")[0].replace("__init__()", spec.name)
+    except Exception as error:  # hundreds of models and a download: each fails in its own way
+        reason = _line(error).replace("__init__()", "")
+        if word := re.search(r"unexpected keyword argument '(\w+)'", reason):
+            known = [*USUAL, *type(spec).model_fields]
+            raise ConfigError(
+                [f"{where}.{word[1]}: {spec.name} takes no such argument{nearest(word[1], known)}"]
+            ) from None
         raise ConfigError([f"{where}: {spec.name} cannot be built from {arguments}: {reason}"]) from None
 
 
-def load_weights(model: nn.Module, path: Path, where: str, convert: Convert | None = None) -> None:
-    """Loads a file of weights into a model, strictly; no code in it is ever run.
-
-    Args:
-        convert: tried where the names in the file are not the model's.
+@torch.no_grad()
+def answer(model: nn.Module, images: Tensor, where: str) -> Tensor:
+    """The logits of a model in eval mode; its mode is restored.
 
     Raises:
-        ConfigError: a file that is missing or corrupt, or whose tensors are not the model's.
+        ConfigError: the model cannot take these images, or answers with something that is no ``(B, classes)``.
     """
-    state = read_weights(path, where)
-    own = model.state_dict()
-    if convert is not None and set(state) != set(own):
-        try:
-            state = convert(state)
-        except ValueError as error:
-            raise ConfigError([f"{where}: {path}: {error}"]) from None
-    lacking, extra = sorted(set(own) - set(state)), sorted(set(state) - set(own))
-    if lacking or extra:
-        raise ConfigError(
-            [
-                f"{where}: {path} holds another model: {len(lacking)} of {len(own)} tensors are missing"
-                f"{f' (first {lacking[0]})' if lacking else ''}, {len(extra)} are unknown"
-                f"{f' (first {extra[0]})' if extra else ''}; choose the model that it was saved from"
-            ]
-        )
-    for name, tensor in own.items():
-        if tensor.shape != state[name].shape:
-            raise ConfigError(
-                [f"{where}: {path}: {name} is {tuple(state[name].shape)}, the model's is {tuple(tensor.shape)}"]
-            )
-    model.load_state_dict(dict(state))
-
-
-def read_weights(path: Path, where: str) -> Mapping[str, Tensor]:
-    """The tensors of a safetensors or torch file, outermost ``state_dict`` or ``model`` wrapper removed."""
+    modes = {module: module.training for module in model.modules()}
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ConfigError([f"{where}: no file {path}"]) from None
-    except (SafetensorError, OSError) as error:
-        raise ConfigError([f"{where}: {path} is corrupt or no weight file: {error}"]) from None
-    except Exception as error:  # torch.load raises many kinds for a broken or unsafe file
-        reason = str(error).split("\n")[0][:150]
-        raise ConfigError([f"{where}: {path} is corrupt, or no plain file of tensors: {reason}"]) from None
-    for wrapper in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ConfigError([f"{where}: {path} holds no state dict (names to tensors)"])
-    return state
+        logits = model.eval()(images)
+    except Exception as error:  # as above
+        shape = "×".join(map(str, images.shape[1:]))
+        raise ConfigError([f"{where}: the model cannot take images of {shape}: {_line(error)}"]) from None
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        kind = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ConfigError([f"{where}: the model answers with {kind}, not with one score a class; choose another"])
+    return logits
 
 
-def inherit(student: nn.Module, teacher: nn.Module) -> tuple[list[str], list[str]]:
-    """Copies every tensor of the teacher whose name and shape the student has; RIFormer's guideline 5.
+def check_answers(
+    recipe: Recipe, student: nn.Module, panel: Panel, prepare: Mapping[str, nn.Module], images: Tensor, classes: int
+) -> None:
+    """Runs each model once by itself, so that a misfit is told by its name.
 
-    Returns:
-        The names that were copied, and those of the student that were not.
+    Raises:
+        ConfigError: a model that cannot take the images, or whose answer is not over as many classes as needed.
     """
-    theirs, own = teacher.state_dict(), student.state_dict()
-    copied = [name for name, tensor in own.items() if name in theirs and theirs[name].shape == tensor.shape]
-    student.load_state_dict({name: theirs[name] for name in copied}, strict=False)
-    return copied, [name for name in own if name not in copied]
+    found = answer(student, images, "student").shape[1]
+    if found != classes:
+        raise ConfigError([f"student.num_classes: the data have {classes} classes (got {found})"])
+    asked = {term.teacher or next(iter(recipe.teachers), None) for term in recipe.terms.values()}
+    for name, spec in recipe.teachers.items():
+        given = prepare[name](images) if name in prepare else images
+        found = answer(panel[name], given, f"teachers.{name}").shape[1]
+        if found != classes and (name in asked or not spec.foreign):
+            raise ConfigError(
+                [f"teachers.{name}.num_classes: the student and the data have {classes} classes (got {found})"]
+            )
+        own = (getattr(panel[name], "pretrained_cfg", None) or {}).get("num_classes", classes)
+        if name in asked and spec.weights is None and spec.foreign and own != classes:
+            raise ConfigError(
+                [
+                    f"teachers.{name}: its pretrained weights tell {own} classes apart, the data have {classes}, so "
+                    "its answer would be noise; tap its features, or give weights: that were trained on these data"
+                ]
+            )
+
+
+def of_term(error: Exception) -> str:
+    """An error of the dry run as one line that begins with the key of its term."""
+    text = " ".join(str(error).split())
+    found = re.match(r"term '([\w-]+)'[,:]? (.*)", text)
+    return f"terms.{found[1]}: {found[2]}" if found else f"terms: {text}"
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def build_terms(recipe: Recipe, student: nn.Module, panel: nn.Module) -> list[terms.Term]:
@@ -176,10 +163,21 @@ def _pairs(spec: Term, loss: nn.Module, student: nn.Module, panel: nn.Module, me
 
 
 def build_prepare(recipe: Recipe, data: Data, panel: Panel) -> dict[str, nn.Module]:
-    """For each teacher whose input differs from the student's, the module that bridges normalisation and size."""
+    """For each teacher whose input differs from the student's, the module that bridges normalisation and size.
+
+    Raises:
+        ConfigError: a normalisation of another number of channels than the data's.
+    """
     built: dict[str, nn.Module] = {}
     for name, spec in recipe.teachers.items():
         mean, std, size = _expects(spec, panel[name], data)
+        if len(mean) != data.channels or len(std) != data.channels or min(std) <= 0:
+            raise ConfigError(
+                [
+                    f"teachers.{name}.mean: mean and std need {data.channels} numbers each, std above 0 "
+                    f"(got {mean}, {std})"
+                ]
+            )
         resize = (size, size) if size not in (None, data.image_size) else None
         if resize is not None or (mean, std) != (data.mean, data.std):
             built[name] = Renormalize(data.mean, data.std, mean, std, resize)
@@ -189,51 +187,32 @@ def build_prepare(recipe: Recipe, data: Data, panel: Panel) -> dict[str, nn.Modu
 def _expects(spec: Teacher, model: nn.Module, data: Data) -> tuple[tuple[float, ...], tuple[float, ...], int | None]:
     """Mean, standard deviation and size of the images that a teacher was trained on."""
     config = getattr(model, "pretrained_cfg", None) or {}
-    own = is_foreign(spec) and len(config.get("mean", ())) == data.channels
+    own = spec.foreign and len(config.get("mean", ())) == data.channels
     mean = spec.mean or (tuple(config["mean"]) if own else data.mean)
     std = spec.std or (tuple(config["std"]) if own else data.std)
     return mean, std, spec.size
 
 
-def build_optimizer(recipe: Recipe, distiller: nn.Module) -> torch.optim.Optimizer:
-    """timm's optimizer; what is one-dimensional, a bias, or named by ``no_weight_decay`` is not decayed."""
-    spec = recipe.optimizer
+def build_optimizer(spec: Optimizer, model: nn.Module) -> torch.optim.Optimizer:
+    """timm's optimizer; what is one-dimensional, a bias, or named by ``no_weight_decay`` is not decayed.
+
+    Raises:
+        Exception: of any kind, for an unknown name or an argument that this optimizer does not take.
+    """
     extras = {name: getattr(spec, name) for name in ("betas", "eps", "momentum") if getattr(spec, name) is not None}
-    try:
-        return create_optimizer_v2(distiller, opt=spec.name, lr=spec.lr, weight_decay=spec.weight_decay, **extras)
-    except (AssertionError, ValueError, TypeError) as error:
-        near = get_close_matches(spec.name, list_optimizers(), n=1)
-        hint = f"; did you mean {near[0]!r}?" if near and near[0] != spec.name else ""
-        raise ConfigError([f"optimizer: {spec.name!r} cannot be built: {error}{hint}"]) from None
+    return create_optimizer_v2(model, opt=spec.name, lr=spec.lr, weight_decay=spec.weight_decay, **extras)
 
 
 def build_scheduler(recipe: Recipe, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> CosineLRScheduler:
-    """timm's cosine schedule, called with the number of the optimizer step.
-
-    Raises:
-        ConfigError: warm-up and cool-down fill the whole run.
-    """
+    """timm's cosine schedule, called with the number of the optimizer step."""
     spec = recipe.schedule
-    warmup, cooldown = (round(e * steps_per_epoch) for e in (spec.warmup_epochs, spec.cooldown_epochs))
-    total = recipe.epochs * steps_per_epoch
-    if warmup + cooldown >= total:
-        raise ConfigError(
-            [
-                f"schedule: warmup_epochs {spec.warmup_epochs:g} and cooldown_epochs {spec.cooldown_epochs:g} "
-                f"leave nothing of {recipe.epochs} epochs; shorten them or train longer"
-            ]
-        )
+    warmup, cooldown = (int(e * steps_per_epoch) for e in (spec.warmup_epochs, spec.cooldown_epochs))
     return CosineLRScheduler(
         optimizer,
-        t_initial=total - cooldown,
+        t_initial=recipe.epochs * steps_per_epoch - cooldown,
         lr_min=spec.min_lr,
         warmup_t=warmup,
         warmup_lr_init=spec.warmup_lr,
         t_in_epochs=False,
         cycle_limit=1,
     )
-
-
-def is_foreign(spec: Student | Teacher) -> bool:
-    """Whether a model comes with weights of its own."""
-    return spec.weights is not None or bool(spec.arguments.get("pretrained"))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -42,6 +43,15 @@ def _moment(value: Any) -> Any:
 Moment = Annotated[int | float, BeforeValidator(_moment)]
 
 
+def _path(value: Any) -> Any:
+    if not isinstance(value, str | Path) or not str(value) or "\0" in str(value):
+        raise ValueError("Input should be the path of a file or folder")
+    return Path(value).expanduser()
+
+
+Location = Annotated[Path, BeforeValidator(_path)]
+
+
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
@@ -57,23 +67,39 @@ class Named(BaseModel):
     def arguments(self) -> dict[str, Any]:
         return dict(self.model_extra or {})
 
+    @property
+    def whole(self) -> dict[str, Any]:
+        """Name and arguments together, as a recipe writes them."""
+        return {"name": self.name, **self.arguments}
+
 
 @cache
 def signature_model(target: Any) -> type[BaseModel]:
     """A strict schema of a function's or a class's plain arguments; those that YAML cannot write are left out."""
     inner = target.__init__ if inspect.isclass(target) else target
     hints = get_type_hints(inner, include_extras=True)
+    texts = _described(target)
     fields: dict[str, Any] = {}
     for name, parameter in inspect.signature(target).parameters.items():
         annotation = _strict(hints.get(name, Any))
-        if (
-            annotation is not None
-            and name not in NOT_IN_CONFIGS.get(target, ())
-            and parameter.kind is not parameter.VAR_KEYWORD
-        ):
-            fields[name] = (annotation, ... if parameter.default is parameter.empty else parameter.default)
+        variadic = parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+        if annotation is not None and name not in NOT_IN_CONFIGS.get(target, ()) and not variadic:
+            default = ... if parameter.default is parameter.empty else parameter.default
+            fields[name] = (annotation, Field(default, description=texts.get(name)))
     title = target.__name__
     return create_model(title, __base__=Strict, __doc__=(inspect.getdoc(target) or "").split("\n")[0], **fields)
+
+
+def _described(target: Any) -> dict[str, str]:
+    """Argument to text: the part ``Args:`` of a docstring, or the strings below a dataclass's fields."""
+    if dataclasses.is_dataclass(target):
+        lines = inspect.getsource(target)  # type: ignore[arg-type]
+        return dict(re.findall(r'^    (\w+): [^\n]+\n    """(.+?)"""', lines, re.M | re.S))
+    part = re.search(r"^Args:\n((?:    .*\n?|\n)+)", inspect.getdoc(target) or "", re.M)
+    texts: dict[str, str] = {}
+    for names, text in re.findall(r"^    ([\w, ]+): (.+(?:\n {5,}.+)*)", part[1] if part else "", re.M):
+        texts |= {name.strip(): " ".join(text.split()) for name in names.split(",")}
+    return texts
 
 
 NOT_IN_CONFIGS: dict[Callable[..., Any], tuple[str, ...]] = {data.load: ("seed", "device", "rank", "world_size")}
@@ -83,7 +109,9 @@ NOT_IN_CONFIGS: dict[Callable[..., Any], tuple[str, ...]] = {data.load: ("seed",
 def _strict(annotation: Any) -> Any:
     """An annotation with strict ints, booleans and finite floats; None where YAML has no such value."""
     origin, arguments = get_origin(annotation), get_args(annotation)
-    if annotation in (str, type(None), Any, Path) or origin is Literal:
+    if annotation is Path:
+        return Location
+    if annotation in (str, type(None), Any) or origin is Literal:
         return annotation
     if annotation in PLAIN:
         return PLAIN[annotation]

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, StrictBool
 
-from .fields import Count, Moment, Named, Natural, Number, Positive, Share, Strict
+from .fields import Count, Location, Moment, Named, Natural, Number, Positive, Share, Strict
 
 
 class Loss(Named):
@@ -17,7 +17,7 @@ class Loss(Named):
 class Student(Named):
     """``name`` is a timm model or one that the recipe registered; unlisted keys are arguments of the model."""
 
-    weights: Path | None = None
+    weights: Location | None = None
     """File to start from: safetensors, or what torch.load(weights_only=True) reads."""
     init: str | None = None
     """Name of a teacher whose weights the student starts from, tensor by tensor where name and shape agree."""
@@ -26,7 +26,7 @@ class Student(Named):
 class Teacher(Named):
     """Like the student's, and where its weights come from."""
 
-    weights: Path | None = None
+    weights: Location | None = None
     """File of trained weights. Without it and without ``pretrained: true`` the teacher is trained first."""
     recipe: dict[str, Any] | None = None
     """The recipe that trains it, over this one's data and seed; ``{base: teacher.yaml}`` names a file."""
@@ -35,6 +35,11 @@ class Teacher(Named):
     std: tuple[Number, ...] | None = None
     size: Count | None = None
     """Side in pixels of the square images that it expects, where it differs from the data's."""
+
+    @property
+    def foreign(self) -> bool:
+        """Whether it comes with weights of its own."""
+        return self.weights is not None or bool(self.arguments.get("pretrained"))
 
 
 class Slope(Strict):
@@ -115,5 +120,5 @@ class Recipe(Strict):
     """Steps between two lines of metrics.jsonl."""
     eval_every: Count = 1
     """Epochs between two evaluations; the last epoch is always evaluated."""
-    output: Path = Path("runs/run")
+    output: Location = Path("runs/run")
     """Folder of the run; teachers and baselines that it trains lie beside it."""

@@ -1,0 +1,121 @@
+"""What a schema cannot say: names that must exist, and that must agree between the sections of a recipe."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import timm
+from timm.optim import list_optimizers
+from torch import nn
+
+from .. import schedules
+from ..config import Key
+from ..losses import LOSSES
+from .build import build_optimizer
+from .schema import Named, Recipe, Term
+from .wording import nearest, short
+
+HUB = "hf-hub:"
+OWN_DOORS = ("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
+"""Arguments of timm.create_model that read files, in some versions with pickle; weights come in by ``weights``."""
+
+
+def disagreements(recipe: Recipe) -> list[tuple[Key, str]]:
+    """Each thing that is wrong, by key. The losses of the recipe may be unknown ones."""
+    return [
+        *_models(recipe),
+        *_teachers(recipe),
+        *_terms(recipe),
+        *_training(recipe),
+    ]
+
+
+def _models(recipe: Recipe) -> Iterator[tuple[Key, str]]:
+    specs: dict[Key, Named] = {("student",): recipe.student}
+    specs |= {("teachers", name): spec for name, spec in recipe.teachers.items()}
+    for key, spec in specs.items():
+        if not spec.name.startswith(HUB) and not timm.is_model(spec.name):
+            hint = nearest(spec.name, timm.list_models()) or "; timm.list_models() lists them"
+            yield (*key, "name"), f"no model {short(spec.name)}{hint}"
+        for argument in OWN_DOORS:
+            if argument in spec.arguments:
+                yield (*key, argument), "is not taken from a config; name a file of tensors by weights"
+
+
+def _teachers(recipe: Recipe) -> Iterator[tuple[Key, str]]:
+    init = recipe.student.init
+    if init is not None and init not in recipe.teachers:
+        known = ", ".join(recipe.teachers) or "none"
+        yield ("student", "init"), f"no teacher {init!r}{nearest(init, recipe.teachers)} (known: {known})"
+    for name, teacher in recipe.teachers.items():
+        if not name.isidentifier():
+            yield ("teachers", name), f"a teacher's name is a plain word (got {short(name)})"
+        if teacher.recipe is None and not teacher.foreign:
+            yield (
+                ("teachers", name),
+                "has no weights: give weights: a file, pretrained: true, or recipe: what trains it",
+            )
+        if (teacher.mean is None) != (teacher.std is None):
+            yield ("teachers", name), "mean and std belong together; give both or neither"
+
+
+def _terms(recipe: Recipe) -> Iterator[tuple[Key, str]]:
+    if not recipe.terms:
+        yield ("terms",), "there are no terms; give at least one, e.g. {label: {loss: cross_entropy}}"
+    for name, term in recipe.terms.items():
+        key: Key = ("terms", name)
+        if not re.fullmatch(r"[A-Za-z_][\w-]*", name):
+            yield key, f"a term's name is a plain word of letters, digits, _ and - (got {short(name)})"
+        if schedules.moment(term.until, recipe.epochs) <= schedules.moment(term.start, recipe.epochs):
+            yield (*key, "until"), f"ends before it starts (start {term.start}, until {term.until})"
+        if (term.student or "").startswith("@") and term.student != "@output":
+            yield (*key, "student"), f"the student's answer is '@output', and it has no other @ (got {term.student!r})"
+        if wrong := _whom(term, recipe):
+            yield (*key, "teacher"), wrong
+
+
+def _whom(term: Term, recipe: Recipe) -> str | None:
+    """What is wrong with the teacher of a term, if anything."""
+    loss, teachers = term.loss.name, ", ".join(recipe.teachers) or "none"
+    needs = getattr(LOSSES.get(loss), "against", ("teacher",))
+    if unmet := [need for need in needs if need not in ("teacher", "labels")]:
+        return f"{loss} needs {unmet[0]}, which the data of a recipe do not give; use it in a loop of your own"
+    if term.teacher is None:
+        if "teacher" not in needs or len(recipe.teachers) == 1:
+            return None
+        return f"say which teacher: {teachers}" if recipe.teachers else f"{loss} needs a teacher, and teachers is empty"
+    owner, _, tap = term.teacher.partition(".")
+    if owner == "@labels":
+        return f"{loss} needs a teacher, not '@labels' (known: {teachers})" if "teacher" in needs or tap else None
+    if owner in recipe.teachers and term.teacher.endswith("."):
+        return f"ends in a dot; write {owner!r} for its answer (got {term.teacher!r})"
+    if owner not in recipe.teachers:
+        return f"no teacher {owner!r}{nearest(owner, recipe.teachers)} (known: {teachers})"
+    return None if "teacher" in needs else f"{loss} reads the labels alone; leave teacher out"
+
+
+def _training(recipe: Recipe) -> Iterator[tuple[Key, str]]:
+    schedule, epochs = recipe.schedule, recipe.epochs
+    if schedule.warmup_epochs + schedule.cooldown_epochs >= epochs:
+        yield (
+            ("schedule",),
+            f"warmup_epochs {schedule.warmup_epochs:g} and cooldown_epochs {schedule.cooldown_epochs:g} leave nothing "
+            f"of {epochs} epochs; shorten them or train longer",
+        )
+    known = [str(name) for name in list_optimizers()]
+    if recipe.optimizer.name.lower() not in known:
+        yield (
+            ("optimizer", "name"),
+            f"no optimizer {short(recipe.optimizer.name)}"
+            f"{nearest(recipe.optimizer.name, known) or '; timm.optim.list_optimizers() lists them'}",
+        )
+        return
+    try:
+        taken = build_optimizer(recipe.optimizer, nn.Linear(1, 1)).defaults
+    except Exception as error:  # each optimizer refuses arguments in its own way
+        yield ("optimizer",), f"{recipe.optimizer.name} cannot be built: {' '.join(str(error).split())}"
+        return
+    for key in ("betas", "eps", "momentum"):  # timm passes over in silence what an optimizer has not
+        if getattr(recipe.optimizer, key) is not None and key not in taken:
+            yield ("optimizer", key), f"{recipe.optimizer.name} has no {key}; leave it out"

@@ -1,0 +1,99 @@
+"""Files of weights into models, and one model's weights into another; no code in a file is ever run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ..config import ConfigError
+from .wording import short
+
+Convert = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
+"""Turns a checkpoint of foreign names into the state dict of a model here; ValueError if it does not know it."""
+
+
+def load_weights(model: nn.Module, path: Path, where: str, convert: Convert | None = None) -> None:
+    """Loads a file of weights into a model, strictly.
+
+    Args:
+        convert: tried where the names in the file are not the model's.
+
+    Raises:
+        ConfigError: a file that is missing or corrupt, or whose tensors are not the model's.
+    """
+    state = read_weights(path, where)
+    own = model.state_dict()
+    if convert is not None and set(state) != set(own):
+        try:
+            state = convert(state)
+        except ValueError as error:
+            raise ConfigError([f"{where}: {path}: {' '.join(str(error).split())}"]) from None
+    lacking, extra = sorted(set(own) - set(state)), sorted(set(state) - set(own))
+    if lacking or extra:
+        raise ConfigError(
+            [
+                f"{where}: {path} holds another model: {len(lacking)} of {len(own)} tensors are missing"
+                f"{f' (first {short(lacking[0])})' if lacking else ''}, {len(extra)} are unknown"
+                f"{f' (first {short(extra[0])})' if extra else ''}; choose the model that it was saved from"
+            ]
+        )
+    for name, tensor in own.items():
+        if tensor.shape != state[name].shape:
+            theirs = tuple(state[name].shape)
+            raise ConfigError(
+                [
+                    f"{where}: {path} holds another model: {name} is {theirs}, the model's is {tuple(tensor.shape)}; "
+                    "choose the model that it was saved from"
+                ]
+            )
+        if state[name].is_floating_point() and not state[name].isfinite().all():
+            raise ConfigError([f"{where}: {path}: {name} holds NaN or infinity; the file is of no use"])
+    model.load_state_dict(dict(state))
+
+
+def read_weights(path: Path, where: str) -> Mapping[str, Tensor]:
+    """The tensors of a safetensors or torch file, outermost ``state_dict`` or ``model`` wrapper removed.
+
+    Raises:
+        ConfigError: a file that is missing, corrupt, or holds more than tensors.
+    """
+    if not path.is_file():
+        raise ConfigError([f"{where}: no file {path}{' (it is a folder)' if path.is_dir() else ''}"])
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # both raise many kinds for a broken or unsafe file
+        reason = " ".join(str(error).split("\n")[0].split())[:120]
+        raise ConfigError(
+            [
+                f"{where}: {path} is corrupt, or holds more than tensors ({type(error).__name__}: {reason}); "
+                "save the state dict alone, best as safetensors"
+            ]
+        ) from None
+    for wrapper in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+    ):
+        raise ConfigError([f"{where}: {path} holds no state dict (names to tensors); save model.state_dict()"])
+    return state
+
+
+def shared(student: nn.Module, teacher: nn.Module) -> list[str]:
+    """The student's tensors that the teacher has under the same name and in the same shape."""
+    theirs = teacher.state_dict()
+    return [name for name, own in student.state_dict().items() if name in theirs and theirs[name].shape == own.shape]
+
+
+def inherit(student: nn.Module, teacher: nn.Module) -> list[str]:
+    """Copies every shared tensor of the teacher into the student, and says which; RIFormer's guideline 5."""
+    copied = shared(student, teacher)
+    student.load_state_dict({name: teacher.state_dict()[name] for name in copied}, strict=False)
+    return copied

@@ -1,0 +1,126 @@
+"""The folder of a run: whose it is, and what a finished run left in it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from . import checkpoint
+from .config import ConfigError
+from .recipe import Recipe
+from .recipe.weights import load_weights
+from .yaml12 import YAMLError, dump, parse
+
+NO_MATTER = ("output", "threads", "log_every")
+"""Keys that change nothing in what a run computes."""
+CONFIG, SUMMARY, STUDENT = "config.yaml", "summary.json", "student.safetensors"
+
+
+def resolved(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain data, defaults included."""
+    return recipe.model_dump(mode="json")
+
+
+def beside(recipe: Recipe, parent: Recipe) -> Recipe:
+    """A child's recipe with the output that its config gives it, beside the parent's: equal configs share a folder."""
+    digest = hashlib.sha256(json.dumps(_identity(resolved(recipe)), sort_keys=True).encode()).hexdigest()[:8]
+    return recipe.model_copy(update={"output": parent.output.parent / f"{recipe.student.name}-{digest}"})
+
+
+def check_free(recipe: Recipe) -> None:
+    """Makes sure that the output folder is new, empty, or this very run's.
+
+    Raises:
+        ConfigError: it is a file, or holds anything else.
+    """
+    folder, file = recipe.output, recipe.output / CONFIG
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError([f"output: {folder} is a file; name a folder"])
+    above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise ConfigError([f"output: {folder} cannot be made: {above} is not a folder that you may write to"])
+    if not file.exists():
+        if folder.exists() and any(path.name != f".tmp-{CONFIG}" for path in folder.iterdir()):
+            raise ConfigError([f"output: {folder} is not empty and holds no run; choose another output=…"])
+        return
+    try:
+        there = parse(file.read_text(encoding="utf-8"))
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            [f"output: {file} is damaged ({error}); choose another output=… or delete the folder"]
+        ) from None
+    there = _identity(there if isinstance(there, dict) else {})
+    here = _identity(resolved(recipe))
+    for key in [*here, *there]:
+        if not _same(there.get(key), here.get(key)):
+            old, new = _difference(there.get(key), here.get(key))
+            raise ConfigError(
+                [
+                    f"output: {folder} already holds a run with another {key} ({old} there, {new} here); "
+                    "choose another output=… or delete it"
+                ]
+            )
+
+
+def claim(recipe: Recipe) -> None:
+    """Makes the folder and writes the config that it belongs to.
+
+    Raises:
+        ConfigError: the folder cannot be made.
+        OSError: the config cannot be written.
+    """
+    try:
+        recipe.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError([f"output: {recipe.output} cannot be made ({error.strerror})"]) from None
+    with checkpoint.whole(recipe.output / CONFIG) as draft:
+        draft.write_text(dump(resolved(recipe)), encoding="utf-8")
+
+
+def finished(recipe: Recipe, student: nn.Module) -> dict[str, float] | None:
+    """What the finished run in the folder came to, its weights loaded into ``student``; None if it is not finished.
+
+    Raises:
+        ConfigError: it is finished and its summary or weights are damaged.
+    """
+    file = recipe.output / SUMMARY
+    if not file.exists():
+        return None
+    try:
+        result = dict(json.loads(file.read_text(encoding="utf-8"))["result"])
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError(
+            [f"output: {file} is damaged; delete it to finish the run again from its checkpoint"]
+        ) from None
+    load_weights(student, recipe.output / STUDENT, "output")
+    return result
+
+
+def finish(recipe: Recipe, student: nn.Module, result: Mapping[str, float], seconds: float) -> None:
+    """Writes the trained weights and then the summary, which says that the run is finished."""
+    checkpoint.save_weights(student, recipe.output / STUDENT)
+    checkpoint.write_json(recipe.output / SUMMARY, {"result": dict(result), "seconds": seconds})
+
+
+def _identity(plain: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in plain.items() if key not in NO_MATTER}
+
+
+def _same(old: Any, new: Any) -> bool:
+    """Equal, and 1 is not 1.0: as a moment the one is an epoch, the other the whole run."""
+    return json.dumps(old, sort_keys=True) == json.dumps(new, sort_keys=True)
+
+
+def _difference(old: Any, new: Any) -> tuple[str, str]:
+    """The first part in which two values differ, shown short."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in [*new, *old]:
+            if not _same(old.get(key), new.get(key)):
+                inner = _difference(old.get(key), new.get(key))
+                return f"{key}: {inner[0]}", f"{key}: {inner[1]}"
+    return str(old)[:60], str(new)[:60]

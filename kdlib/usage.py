@@ -1,0 +1,78 @@
+"""The help text of a recipe, from the fields of its schema."""
+
+from __future__ import annotations
+
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+from .losses import LOSSES
+from .recipe import json_schema
+
+SECTIONS = {
+    "": "the recipe",
+    "Student": "student",
+    "Teacher": "teachers.NAME",
+    "Term": "terms.NAME",
+    "Slope": "terms.NAME.slope",
+    "data": "data",
+    "Augment": "data.augment",
+    "Optimizer": "optimizer",
+    "Schedule": "schedule",
+}
+WIDTH = 110
+
+
+def usage(default: Path) -> str:
+    """What ``--help`` prints; ``default`` is the config that is read where none is given."""
+    schema = json_schema()
+    sections = schema["$defs"] | {"": schema, "data": schema["properties"]["data"]}
+    name = Path(sys.argv[0]).name
+    lines = [
+        f"usage: {name} [CONFIG.yaml …] [key=value …] [--print-config | --schema | --help] [--debug]",
+        "",
+        f"Without a CONFIG, {default.name} is read. Later wins; keys are dotted, a number is an index. For example:",
+        f"  {name} epochs=20 optimizer.lr=2e-3 terms.soft.weight=0.5 data.name=folder data.root=~/images",
+        "",
+        "--print-config  the whole recipe with all defaults, as a config that gives the same run",
+        "--schema        the JSON schema of a recipe, for editors",
+        "--debug         where an error came from",
+    ]
+    for section, title in SECTIONS.items():
+        lines += ["", f"{title}:"]
+        for key, field in sections[section]["properties"].items():
+            if key != "base":
+                lines += _entry(key, field)
+    return "\n".join([*lines, "", "losses:", *_wrapped(", ".join(sorted(LOSSES)), "  ")])
+
+
+def _entry(key: str, field: dict[str, Any]) -> list[str]:
+    text = " ".join(str(field.get("description", "")).replace("``", "").replace("`", "").split())
+    default = field.get("default")
+    shown = "" if default is None or default in ({}, "") or isinstance(default, dict) else f" [{_short(default)}]"
+    kind = _kind(field)
+    head = f"  {key}{f' ({kind})' if kind else ''}{shown}"
+    lines = _wrapped(text, " " * 44)
+    if not lines or len(head) > 42:
+        return [head, *lines]
+    return [head.ljust(44) + lines[0].strip(), *lines[1:]]
+
+
+def _kind(field: dict[str, Any]) -> str:
+    """What may stand there, shortly."""
+    if "enum" in field:
+        return "|".join(map(str, field["enum"]))
+    kinds = [_kind(option) for option in field.get("anyOf", [])] or [str(field.get("type", ""))]
+    names = {"object": "", "null": "", "boolean": "true|false", "string": "text", "array": "list"}
+    return "|".join(dict.fromkeys(kind for kind in (names.get(kind, kind) for kind in kinds) if kind))
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(_short, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _wrapped(text: str, indent: str) -> list[str]:
+    return textwrap.wrap(text, WIDTH, initial_indent=indent, subsequent_indent=indent)
