@@ -23,8 +23,13 @@ class ConfigError(ValueError):
     """What is wrong with a config, one line each: ``file: key: what is wrong (got …); did you mean …``."""
 
     def __init__(self, lines: Iterable[str]) -> None:
-        self.lines = list(lines)
+        self.lines = [_printable(line) for line in lines]
         super().__init__("\n".join(self.lines))
+
+
+def _printable(line: str) -> str:
+    """The line with its control characters written out, so that a hostile name neither hides nor breaks it."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
 
 
 class Source(NamedTuple):
@@ -189,9 +194,8 @@ def read_file(path: Path, above: tuple[Path, ...] = ()) -> tuple[dict[str, Any],
     except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: a loop of links; ValueError: NUL in the name
         if isinstance(error, ConfigError):
             raise
-        reason, name = getattr(error, "strerror", None) or error, str(path)
-        name = name if name.isprintable() and " " not in name else repr(name)
-        raise ConfigError([f"{name}: cannot be read ({reason}){_other(path)}"]) from None
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError([f"{path}: cannot be read ({reason}){_other(path)}"]) from None
     data = _parse(text, str(path))
     if data is not None and not isinstance(data, dict):
         raise ConfigError([f"{path}: a config is a mapping of keys to values (got {type(data).__name__})"])
@@ -206,7 +210,7 @@ def _other(path: Path) -> str:
         near = []
     if near:
         return f"; did you mean {path.parent / near[0]}?"
-    return "" if path.suffix else "; a CONFIG is a YAML file, and values are written key=value"
+    return "" if path.suffix and "=" not in path.name else "; a CONFIG is a YAML file, and values are written key=value"
 
 
 def _parse(text: str, where: str) -> Any:

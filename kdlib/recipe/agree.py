@@ -78,7 +78,9 @@ def _terms(recipe: Recipe) -> Iterator[tuple[Key, str]]:
 def _whom(term: Term, recipe: Recipe) -> str | None:
     """What is wrong with the teacher of a term, if anything."""
     loss, teachers = term.loss.name, ", ".join(recipe.teachers) or "none"
-    needs = getattr(LOSSES.get(loss), "against", ("teacher",))
+    if loss not in LOSSES:
+        return None
+    needs = getattr(LOSSES[loss], "against", ("teacher",))
     if unmet := [need for need in needs if need not in ("teacher", "labels")]:
         return f"{loss} needs {unmet[0]}, which the data of a recipe do not give; use it in a loop of your own"
     if term.teacher is None:

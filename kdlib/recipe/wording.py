@@ -13,9 +13,8 @@ from ..config import Key
 
 
 def dotted(key: Key) -> str:
-    """A key as the command line writes it; what is long or not printable is shown as Python would."""
-    parts = (str(part) for part in key)
-    return ".".join(part if part.isprintable() and len(part) < 60 else short(part) for part in parts) or "config"
+    """A key as the command line writes it, what is long cut short."""
+    return ".".join(part if len(part) < 60 else short(part) for part in map(str, key)) or "config"
 
 
 def short(value: Any) -> str:
