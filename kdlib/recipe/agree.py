@@ -71,6 +71,13 @@ def _terms(recipe: Recipe) -> Iterator[tuple[Key, str]]:
             yield (*key, "until"), f"ends before it starts (start {term.start}, until {term.until})"
         if (term.student or "").startswith("@") and term.student != "@output":
             yield (*key, "student"), f"the student's answer is '@output', and it has no other @ (got {term.student!r})"
+        needs = getattr(LOSSES.get(term.loss.name), "against", ("teacher",))
+        if unmet := [need for need in needs if need not in ("teacher", "labels")]:
+            yield (
+                (*key, "loss"),
+                f"{term.loss.name} needs {unmet[0]}, which the data of a recipe do not give; "
+                "use it in a loop of your own",
+            )
         if wrong := _whom(term, recipe):
             yield (*key, "teacher"), wrong
 
@@ -81,8 +88,6 @@ def _whom(term: Term, recipe: Recipe) -> str | None:
     if loss not in LOSSES:
         return None
     needs = getattr(LOSSES[loss], "against", ("teacher",))
-    if unmet := [need for need in needs if need not in ("teacher", "labels")]:
-        return f"{loss} needs {unmet[0]}, which the data of a recipe do not give; use it in a loop of your own"
     if term.teacher is None:
         if "teacher" not in needs or len(recipe.teachers) == 1:
             return None
