@@ -100,7 +100,7 @@ class Teacher(nn.Module):
         with precision:
             for name, live in self._live.items():
                 if live:
-                    targets |= self._ask(name, live, images)
+                    targets.update(self._ask(name, live, images))
         return targets
 
     def _ask(self, name: str, live: Mapping[str, str], images: Tensor) -> dict[str, Tensor]:

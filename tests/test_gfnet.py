@@ -221,3 +221,20 @@ def test_weight_decay_spares_the_position_embedding_and_gamma_can_be_absent():
     zero = GFNetH((1,), (8,), 16, 2, layer_scale_init=0)
     tokens = torch.randn(1, 16, 8)
     assert torch.equal(zero.stages(tokens), tokens)
+
+
+@pytest.mark.slow
+def test_the_filter_survives_inductor_in_value_and_gradient():
+    """Older Inductors got the gradient of a complex product wrong; the filter multiplies in real numbers."""
+    torch.manual_seed(0)
+    net = timm.create_model("gfnet_h_nano", num_classes=5)
+    images = torch.randn(2, 3, 28, 28)
+    plain = net(images)
+    plain.square().sum().backward()
+    expected = [p.grad.clone() for p in net.parameters()]
+    net.zero_grad()
+    compiled = torch.compile(net, fullgraph=True)(images)
+    compiled.square().sum().backward()
+    torch.testing.assert_close(compiled, plain, rtol=1e-5, atol=1e-6)
+    for parameter, gradient in zip(net.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-5 * gradient.abs().max().item())

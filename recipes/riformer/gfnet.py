@@ -40,10 +40,13 @@ class GlobalFilter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
-        spectrum = torch.fft.rfft2(x.to(wide).unflatten(1, self.grid), dim=(1, 2), norm="ortho")
-        # contiguous: .to(memory_format=channels_last) reorders every 4-d parameter, this one too
-        spectrum = spectrum * torch.view_as_complex(self.complex_weight.to(wide).contiguous())
-        return torch.fft.irfft2(spectrum, s=self.grid, dim=(1, 2), norm="ortho").flatten(1, 2).to(x.dtype)
+        # space last and contiguous: Inductor of torch 2.11 expects other strides of a transform over inner dimensions
+        spectrum = torch.fft.rfft2(x.to(wide).mT.contiguous().unflatten(2, self.grid), norm="ortho")
+        # the complex product in real numbers: Inductor has no complex kernels on a GPU
+        a, b = torch.view_as_real(spectrum).unbind(-1)
+        c, d = self.complex_weight.to(wide).permute(3, 2, 0, 1)
+        spectrum = torch.complex(a * c - b * d, a * d + b * c)
+        return torch.fft.irfft2(spectrum, s=self.grid, norm="ortho").flatten(2).mT.to(x.dtype)
 
 
 class Block(nn.Module):
