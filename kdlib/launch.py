@@ -27,7 +27,6 @@ def main(body: Callable[[Recipe], None], default: Path, arguments: Sequence[str]
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     flags = {flag for flag in arguments if flag in FLAGS}
     rest = [argument for argument in arguments if argument not in FLAGS]
-    document = Document()
     try:
         if flags & {"--help", "-h"}:
             print(usage(default))
@@ -41,12 +40,15 @@ def main(body: Callable[[Recipe], None], default: Path, arguments: Sequence[str]
         if "--print-config" in flags:
             print(dump(resolved(recipe)), end="")
             return 0
-        body(recipe)
+        try:
+            body(recipe)
+        except ConfigError as error:
+            raise ConfigError(_with_origin(error.lines, document)) from error
     except Exception as error:
         if "--debug" in flags:
             raise
         if isinstance(error, ConfigError):
-            return _fail(_with_origin(error.lines, document), WRONG_INPUT)
+            return _fail(error.lines, WRONG_INPUT)
         if isinstance(error, ValueError):
             return _fail([f"{_line(error)} (--debug shows where)"], WRONG_INPUT)
         if isinstance(error, OSError):

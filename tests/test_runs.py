@@ -1,0 +1,422 @@
+"""Whole runs over a handful of images: what is there is reused, what was stopped goes on exactly, what is wrong is told
+before anything is made."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import recipes.riformer.gfnet
+import recipes.riformer.model  # noqa: F401  registers the models
+from kdlib import checkpoint, runs
+from kdlib.config import ConfigError, read
+from kdlib.recipe import Recipe, load
+from recipes.riformer.convert import convert
+from tests.conftest import ROOT
+
+DEFAULT = str(ROOT / "recipes" / "riformer" / "configs" / "default.yaml")
+PLAIN = str(ROOT / "recipes" / "riformer" / "configs" / "parts" / "plain.yaml")
+
+
+def make_images(root: Path) -> Path:
+    """Three classes of noise with a colour, 24 images each to train on and 8 to test on."""
+    generator = torch.Generator().manual_seed(0)
+    for split, count in (("train", 24), ("val", 8)):
+        for number, name in enumerate(("red", "green", "blue")):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = torch.randint(0, 120, (28, 28, 3), generator=generator, dtype=torch.uint8)
+                pixels[..., number] += 80
+                Image.fromarray(pixels.numpy()).save(root / split / name / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_images(tmp_path_factory.mktemp("images"))
+
+
+def over(root: Path, epochs: int = 2) -> list[str]:
+    """Arguments of a run over these images, with much that is random, so that a wrong generator shows."""
+    augment = "{crop_scale: [0.5, 1], mixup: 0.2, random_erasing: 0.2}"
+    data = f"data={{name: folder, root: '{root}', image_size: 28, batch_size: 16, workers: 0, augment: {augment}}}"
+    return [data, f"epochs={epochs}", "threads=1", "student.drop_path_rate=0.2", "schedule.warmup_epochs=0", "seed=5"]
+
+
+def whole(root: Path, output: Path, *more: str) -> Recipe:
+    """RIFormer's objective: two teachers, a baseline, four terms."""
+    children = [f"{child}.schedule.warmup_epochs=0" for child in CHILDREN]
+    children += [f"teachers.{name}.recipe.epochs=1" for name in ("wide", "twin")]
+    soft = ["teachers.wide.recipe.terms.label.loss=cross_entropy", f"output={output}"]
+    return load(read([DEFAULT, *over(root), *children, *soft, *more]))
+
+
+CHILDREN = ("teachers.wide.recipe", "teachers.twin.recipe", "baseline")
+
+
+def plain(root: Path, output: Path, *more: str, epochs: int = 2) -> Recipe:
+    """A student that learns from the labels alone."""
+    return load(read([PLAIN, "student.name=riformer_nano", *over(root, epochs), f"output={output}", *more]))
+
+
+def files(folder: Path) -> dict[str, int]:
+    """When each file below was last written."""
+    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def lines(call: Any, *arguments: Any, **named: Any) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        call(*arguments, **named)
+    assert not any("\n" in line for line in caught.value.lines)
+    return caught.value.lines
+
+
+Stop = Callable[..., None]
+
+
+class Killed(BaseException):
+    """What no handler expects, as a power cut is."""
+
+
+@pytest.fixture
+def stop_after(monkeypatch: pytest.MonkeyPatch) -> Stop:
+    """Ends the process, as far as the run can tell, once so many checkpoints are written."""
+    save = checkpoint.save
+
+    def arm(number: int, within: str = "") -> None:
+        written = 0
+
+        def save_and_die(place: Path, *arguments: Any, **named: Any) -> Path:
+            nonlocal written
+            made = save(place, *arguments, **named)
+            written += within in str(place)
+            if written == number:
+                raise Killed
+            return made
+
+        monkeypatch.setattr(checkpoint, "save", save_and_die)
+
+    return arm
+
+
+# the whole objective, made once for several tests
+
+
+@pytest.fixture(scope="module")
+def finished(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, runs.Outcome]:
+    output = tmp_path_factory.mktemp("runs") / "student"
+    torch.set_num_threads(1)
+    return output, runs.run(whole(folder, output), convert=convert)
+
+
+def test_a_run_leaves_its_config_its_weights_and_its_numbers(finished: tuple[Path, runs.Outcome], folder: Path) -> None:
+    output, outcome = finished
+    assert set(outcome.teachers) == {"wide", "twin"} and outcome.baseline is not None
+    runs_made = sorted(path.name.rpartition("-")[0] or path.name for path in output.parent.iterdir())
+    assert runs_made == ["gfnet_h_nano", "metaformer_pool_nano", "riformer_nano", "student"]
+    for made in output.parent.iterdir():
+        names = {path.name for path in made.iterdir()}
+        assert names == {"config.yaml", "metrics.jsonl", "student.safetensors", "summary.json", "checkpoints"}
+        assert json.loads((made / "summary.json").read_text())["result"]["top1"] >= 0
+    again = load(read([str(output / "config.yaml")]))
+    assert again == whole(folder, output)
+    state = load_file(output / "student.safetensors")
+    assert all(torch.equal(state[name], tensor) for name, tensor in outcome.student.state_dict().items())
+
+
+def test_a_finished_run_is_read_back_and_nothing_is_written(
+    finished: tuple[Path, runs.Outcome],
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    output, first = finished
+    before = files(output.parent)
+    monkeypatch.setattr(runs, "_train", lambda *_: pytest.fail("trained again"))
+    # what changes nothing in the result may differ
+    second = runs.run(whole(folder, output, "threads=2", "log_every=7"))
+    said = capsys.readouterr().out
+    assert said.count("finished before, read from") == 4
+    assert files(output.parent) == before and second.result == first.result
+    mine, theirs = first.student.state_dict(), second.student.state_dict()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def test_teachers_are_trained_once_and_reused_by_another_run(
+    finished: tuple[Path, runs.Outcome], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output, _ = finished
+    other = output.parent / "other"
+    runs.run(whole(folder, other, "terms.soft.weight=0.5", "epochs=1"))
+    said = capsys.readouterr().out
+    assert said.count("finished before") == 2 and "teacher wide: finished before" in said
+    assert "baseline: riformer_nano →" in said, "the baseline has as many epochs as the student, so it is another run"
+    assert len(list(output.parent.glob("gfnet*"))) == 1
+    for made in [other, *output.parent.glob("riformer_nano-*")]:
+        if "epochs: 1\n" in (made / "config.yaml").read_text():
+            shutil.rmtree(made)
+
+
+def test_the_teacher_that_was_trained_is_the_one_that_teaches(finished: tuple[Path, runs.Outcome]) -> None:
+    output, outcome = finished
+    for name, pattern in (("wide", "gfnet*"), ("twin", "metaformer*")):
+        (made,) = output.parent.glob(pattern)
+        state = load_file(made / "student.safetensors")
+        assert all(torch.equal(state[k], v) for k, v in outcome.teachers[name].student.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("seed=6", "already holds a run with another seed (5 there, 6 here); choose another output=… or delete it"),
+        ("terms.soft.weight=0.5", "another terms (soft: weight: 1.0 there, soft: weight: 0.5 here)"),
+        ("terms.soft.until=1", "another terms (soft: until: 1.0 there, soft: until: 1 here)"),
+        ("baseline=null", "another baseline ("),
+        ("teachers.wide.recipe.optimizer.lr=0.1", "another teachers (wide: recipe: optimizer: lr: 0.008 there"),
+    ],
+)
+def test_a_folder_of_another_run_is_left_alone(
+    change: str, says: str, finished: tuple[Path, runs.Outcome], folder: Path
+) -> None:
+    output, _ = finished
+    before = files(output.parent)
+    (line,) = lines(runs.run, whole(folder, output, change))
+    assert line.startswith(f"output: {output} ") and says in line
+    assert files(output.parent) == before
+
+
+# what was stopped goes on
+
+
+def test_a_run_stopped_between_epochs_ends_bit_identical_to_one_that_was_not(
+    folder: Path,
+    tmp_path: Path,
+    stop_after: Stop,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    straight = runs.run(plain(folder, tmp_path / "straight" / "r", epochs=3))
+    stop_after(1)
+    with pytest.raises(Killed):
+        runs.run(plain(folder, tmp_path / "stopped" / "r", epochs=3))
+    monkeypatch.undo()
+    stop_after(1)
+    with pytest.raises(Killed):
+        runs.run(plain(folder, tmp_path / "stopped" / "r", epochs=3))
+    monkeypatch.undo()
+    torch.randn(7)  # whatever happened in this process in between
+    resumed = runs.run(plain(folder, tmp_path / "stopped" / "r", epochs=3))
+    assert "goes on after epoch 2 of 3" in capsys.readouterr().out
+    one, other = (tmp_path / name / "r" / "student.safetensors" for name in ("straight", "stopped"))
+    assert one.read_bytes() == other.read_bytes() and resumed.result == straight.result
+
+
+def test_the_whole_objective_stopped_anywhere_ends_bit_identical(
+    finished: tuple[Path, runs.Outcome],
+    folder: Path,
+    tmp_path: Path,
+    stop_after: Stop,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for within in ("gfnet", "metaformer", "riformer_nano-", "student"):
+        stop_after(1, within)
+        with pytest.raises(Killed):
+            runs.run(whole(folder, tmp_path / "student"))
+        monkeypatch.undo()
+    runs.run(whole(folder, tmp_path / "student"))
+    output, _ = finished
+    for made in output.parent.glob("*/student.safetensors"):
+        assert (tmp_path / made.parent.name / made.name).read_bytes() == made.read_bytes(), made.parent.name
+
+
+def test_a_damaged_checkpoint_costs_an_epoch_and_nothing_else(
+    folder: Path,
+    tmp_path: Path,
+    stop_after: Stop,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    runs.run(plain(folder, tmp_path / "straight" / "r"))
+    stop_after(2)
+    with pytest.raises(Killed):
+        runs.run(plain(folder, tmp_path / "r" / "r"))
+    monkeypatch.undo()
+    newest = max((tmp_path / "r" / "r" / "checkpoints").iterdir()) / "state.safetensors"
+    newest.write_bytes(newest.read_bytes()[:1000])
+    runs.run(plain(folder, tmp_path / "r" / "r"))
+    assert f"checkpoint {newest.parent.name} is damaged and was passed over" in capsys.readouterr().out
+    one, other = (tmp_path / name / "r" / "student.safetensors" for name in ("straight", "r"))
+    assert one.read_bytes() == other.read_bytes()
+
+
+def test_a_run_stopped_before_its_summary_is_finished_without_training(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = runs.run(plain(folder, tmp_path / "r", epochs=1))
+    (tmp_path / "r" / "summary.json").unlink()
+    monkeypatch.setattr("kdlib.train.Training._epoch", lambda *_: pytest.fail("trained again"))
+    assert runs.run(plain(folder, tmp_path / "r", epochs=1)).result == first.result
+
+
+# a folder that is damaged or somebody else's
+
+
+def test_a_damaged_folder_is_told_and_what_to_delete(folder: Path, tmp_path: Path) -> None:
+    recipe = plain(folder, tmp_path / "r", epochs=1)
+    runs.run(recipe)
+    weights = tmp_path / "r" / "student.safetensors"
+    good = weights.read_bytes()
+    weights.write_bytes(good[:-10])
+    assert "student.safetensors is corrupt" in lines(runs.run, recipe)[0]
+    weights.unlink()
+    assert "no file" in lines(runs.run, recipe)[0]
+    weights.write_bytes(good)
+    (tmp_path / "r" / "summary.json").write_text("{")
+    assert "summary.json is damaged; delete it to finish the run again" in lines(runs.run, recipe)[0]
+    for text in ("{", "- 1", "a: 1\na: 1", "\0"):
+        (tmp_path / "r" / "config.yaml").write_text(text)
+        assert lines(runs.run, recipe)[0].startswith("output: ")
+
+
+def test_a_folder_that_is_no_run_is_not_written_to(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("years of work")
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "empty").mkdir()
+    said = {name: lines(runs.run, plain(folder, tmp_path / name)) for name in ("full", "file", "file/below")}
+    assert "is not empty and holds no run; choose another output=…" in said["full"][0]
+    assert "is a file; name a folder" in said["file"][0]
+    assert "is not a folder that you may write to" in said["file/below"][0]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["empty", "file", "full", "thesis.tex"]
+    accelerator = runs.start(plain(folder, tmp_path / "empty"))
+    assert runs.get_ready(plain(folder, tmp_path / "empty"), accelerator).title == "student"
+
+
+# everything is checked, in every child, before anything is made
+
+
+def broken_folder(kind: str, folder: Path, at: Path) -> Path:
+    """A copy of the images with something wrong."""
+    shutil.copytree(folder, at)
+    if kind == "one class":
+        for split in ("train", "val"):
+            shutil.rmtree(at / split / "red")
+            shutil.rmtree(at / split / "green")
+    elif kind == "no val":
+        shutil.rmtree(at / "val")
+    elif kind == "other classes":
+        (at / "val" / "red").rename(at / "val" / "rot")
+    elif kind == "an empty class":
+        shutil.rmtree(at / "train" / "red")
+        (at / "train" / "red").mkdir()
+    elif kind == "corrupt images":
+        for path in (at / "train").rglob("*.png"):
+            path.write_bytes(path.read_bytes()[:60])
+    return at
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("one class", "one class (blue), expected at least two"),
+        ("no val", "val: missing (in "),
+        ("other classes", "lacks red and has rot besides; both must have the same classes"),
+        ("an empty class", "a class without images"),
+        ("corrupt images", ".png: cannot be read (OSError: "),
+    ],
+)
+def test_image_folders_that_are_wrong_are_told_and_nothing_is_made(
+    kind: str, says: str, folder: Path, tmp_path: Path
+) -> None:
+    root = broken_folder(kind, folder, tmp_path / "images")
+    (line,) = lines(runs.run, whole(root, tmp_path / "runs" / "r"))
+    assert line.startswith("data: ") and str(root) in line and says in line
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["teachers.wide.num_classes=7"], "teachers.wide.num_classes: the student and the data have 3 classes (got 7)"),
+        (["teachers.twin.num_classes=7"], "teachers.twin.num_classes: the student and the data have 3 classes (got 7)"),
+        (["student.num_classes=7"], "student.num_classes: the data have 3 classes (got 7)"),
+        (["student.num_classes=0"], "student.num_classes: the data have 3 classes (got "),
+        (["student.name=vit_tiny_patch16_224"], "student: the model cannot take images of 3×28×28: "),
+        (["student.in_chans=1"], "student: the model cannot take images of 3×28×28: "),
+        (["student.weights=nowhere.pth"], "student.weights: no file nowhere.pth"),
+        (["teachers.twin.weights=nowhere.pth"], "teachers.twin.weights: no file nowhere.pth"),
+        (["teachers.wide={mean: [0.5], std: [1]}"], "teachers.wide.mean: mean and std need 3 numbers each"),
+        (["teachers.wide={mean: [0, 0, 0], std: [0, 1, 1]}"], "teachers.wide.mean: mean and std need 3 numbers each"),
+        (["teachers.wide.size=20"], "teachers.wide: the model cannot take images of 3×20×20: "),
+        (["terms.block.student=stages.*.blok.-1"], "terms.block: pattern 'stages.*.blok.-1' finds nothing at 'blok'"),
+        (["terms.block={student: stages.*.blocks.*, teacher: twin.stages.0.blocks.*}"], "terms.block: groups do not m"),
+        (["terms.block.teacher=twin.stages.0.blocks.-1"], "terms.block: the teacher's group has 1 blocks"),
+        (["terms.block.student=stages.0.blocks.-1", "terms.block.teacher=wide.stages.1.blocks.-1"], "terms.block: "),
+        (["terms.block.layout=QQ"], "terms.block: student: no layout 'QQ'; known: NC, NLC"),
+        (["terms.block.view=logits"], "terms.block: "),
+        (["terms.soft.teacher=twin.nothing"], "terms: no tap 'nothing' in MetaFormer; did you mean "),
+        (["accumulate=100"], "accumulate: an epoch has 4 batches (got 100); lower it"),
+        (["data.batch_size=500"], "data: batch_size: 500 on 1 processes makes 500 images a step"),
+        (["data.limit=100"], "data: limit: got 100, but 'folder' has 72 training images"),
+        (["baseline.data.limit=7"], "baseline.data: batch_size: 16 on 1 processes makes 16 images a step, but"),
+        (["teachers.wide.recipe.accumulate=9"], "teachers.wide.recipe.accumulate: an epoch has 4 batches (got 9)"),
+        (["teachers.wide.recipe.student.weights=no.pth"], "teachers.wide.recipe.student.weights: no file no.pth"),
+        (["baseline.terms.label.student=head.nothing"], "baseline.terms"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_told_before_anything_is_made(
+    arguments: list[str], line: str, folder: Path, tmp_path: Path
+) -> None:
+    recipe = whole(folder, tmp_path / "runs" / "r", *arguments)
+    (found,) = lines(runs.run, recipe, convert=convert)
+    assert found.startswith(line), found
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_layout_that_cannot_be_told_is_asked_for(folder: Path, tmp_path: Path) -> None:
+    # 28 px through a stem of stride 4 gives 7 × 7 positions; with 7 channels all three sides are 7
+    narrow = ["student.name=riformer_nano", "student.dims=[7, 96]", "student.init=null", "teachers.twin.dims=[7, 96]"]
+    recipe = whole(folder, tmp_path / "runs" / "r", *narrow)
+    (found,) = lines(runs.run, recipe)
+    assert found.startswith("terms.block: ") and "layout" in found
+    assert not (tmp_path / "runs").exists()
+
+
+def test_weights_of_another_model_are_refused_and_right_ones_teach(
+    finished: tuple[Path, runs.Outcome], folder: Path, tmp_path: Path
+) -> None:
+    output, outcome = finished
+    (twin,) = output.parent.glob("metaformer*/student.safetensors")
+    common = ["baseline=null", "epochs=1", "teachers.twin.recipe=null", f"teachers.twin.weights={twin}"]
+    wrong = whole(folder, tmp_path / "runs" / "r", *common, f"teachers.wide.weights={twin}")
+    (line,) = lines(runs.run, wrong)
+    assert line.startswith(f"teachers.wide.weights: {twin} holds another model: ")
+    state = load_file(twin)
+    state["head.weight"] = state["head.weight"][:2]
+    save_file(state, tmp_path / "cut.safetensors")
+    (line,) = lines(
+        runs.run, whole(folder, tmp_path / "runs" / "r", f"teachers.twin.weights={tmp_path}/cut.safetensors")
+    )
+    assert "head.weight is (2, 96), the model's is (3, 96); choose the model that it was saved from" in line
+    assert not (tmp_path / "runs").exists()
+
+    (wide,) = output.parent.glob("gfnet*/student.safetensors")
+    right = runs.run(whole(folder, tmp_path / "runs" / "r", *common, f"teachers.wide.weights={wide}"))
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["r"]
+    assert right.teachers["wide"].result["top1"] == outcome.teachers["wide"].result["top1"]
+
+
+def test_several_processes_that_do_not_know_of_each_other_are_refused(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(runs, "Accelerator", lambda **_: type("Alone", (), {"num_processes": 1})())
+    assert lines(runs.start, plain(folder, tmp_path / "r"))[0].startswith("launch: 2 processes were started, but each")
