@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from recipes.riformer import gfnet, model  # noqa: E402, F401  registers the models
+from recipes.riformer import gfnet, model  # noqa: F401  registers the models
 
 
 def forms(size: str) -> dict[str, nn.Module]:

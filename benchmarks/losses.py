@@ -190,24 +190,25 @@ def main() -> None:
         parser.error("no GPU here: give --cpu")
     heads = [f"{who} {what}" for who in ("our", "plain") for what in ("fwd ms", "bwd ms", "fwd MiB", "bwd MiB")]
     print(f"{'loss':24}{'shape':18}" + "".join(f"{h[:10]:>11}" for h in [*heads, "time x", "memory x"]))
+    about = {
+        "device": platform.processor() or "cpu" if args.cpu else torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "cuda": torch.version.cuda,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "seconds": args.seconds,
+        "tf32_matmul": torch.backends.cuda.matmul.allow_tf32,
+    }
     rows = []
     for name in args.only:
         rows.append(bench(name, device, args.cpu, 0.05 if args.cpu else args.seconds))
         print(show(rows[-1]), flush=True)
+        if args.out:  # row by row: what was measured is kept if the rest is cut off
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            args.out.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
         gc.collect()
         if not args.cpu:
             torch.cuda.empty_cache()
-    if args.out:
-        about = {
-            "device": platform.processor() or "cpu" if args.cpu else torch.cuda.get_device_name(),
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "cuda": torch.version.cuda,
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "tf32_matmul": torch.backends.cuda.matmul.allow_tf32,
-        }
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
