@@ -188,7 +188,7 @@ def read_file(path: Path, above: tuple[Path, ...] = ()) -> tuple[dict[str, Any],
             content = file.read(LARGEST + 1)
         if len(content) > LARGEST:
             raise ConfigError([f"{path}: is larger than {LARGEST:,} bytes, which no config is"])
-        text = content.decode("utf-8-sig")
+        text = content.decode()
     except UnicodeDecodeError:
         raise ConfigError([f"{path}: cannot be read (is no UTF-8 text)"]) from None
     except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: a loop of links; ValueError: NUL in the name

@@ -77,6 +77,7 @@ def test_a_printed_config_gives_the_same_run(ask, tmp_path: Path) -> None:
     (tmp_path / "printed.yaml").write_text(first.out)
     second = ask("printed.yaml", "--print-config")
     assert first.code == second.code == 0 and first.out == second.out
+    assert "weight_decay: 0.05" in first.out, "defaults are printed too"
     assert load(read([str(tmp_path / "printed.yaml")])) == load(
         read([str(DEFAULT), *TINY, "terms.soft.until=1", "output=~/x"])
     )

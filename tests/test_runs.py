@@ -165,12 +165,24 @@ def test_teachers_are_trained_once_and_reused_by_another_run(
             shutil.rmtree(made)
 
 
-def test_the_teacher_that_was_trained_is_the_one_that_teaches(finished: tuple[Path, runs.Outcome]) -> None:
+def test_the_teacher_that_was_trained_is_the_one_that_teaches(
+    finished: tuple[Path, runs.Outcome], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     output, outcome = finished
+    seen: list[runs.Ready] = []
+    monkeypatch.setattr(runs, "_train", lambda ready, _: seen.append(ready) or {"top1": 0.0})
+    again = output.parent / "once more"
+    runs.run(whole(folder, again))
+    (ready,) = seen
     for name, pattern in (("wide", "gfnet*"), ("twin", "metaformer*")):
         (made,) = output.parent.glob(pattern)
         state = load_file(made / "student.safetensors")
-        assert all(torch.equal(state[k], v) for k, v in outcome.teachers[name].student.state_dict().items())
+        for model in (outcome.teachers[name].student, ready.panel[name]):
+            assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
+    mine = ready.student.state_dict()
+    inherited = [key for key in mine if "token_mixer" not in key]
+    assert len(inherited) == 48 and all(torch.equal(mine[key], state[key]) for key in inherited)
+    shutil.rmtree(again)
 
 
 @pytest.mark.parametrize(
@@ -233,8 +245,17 @@ def test_the_whole_objective_stopped_anywhere_ends_bit_identical(
         monkeypatch.undo()
     runs.run(whole(folder, tmp_path / "student"))
     output, _ = finished
-    for made in output.parent.glob("*/student.safetensors"):
-        assert (tmp_path / made.parent.name / made.name).read_bytes() == made.read_bytes(), made.parent.name
+    compare(output.parent, tmp_path)
+    # nor does it matter whether the children were trained in the same process
+    shutil.rmtree(tmp_path / "student")
+    runs.run(whole(folder, tmp_path / "student"))
+    compare(output.parent, tmp_path)
+
+
+def compare(some: Path, others: Path) -> None:
+    """All runs of two folders, bit for bit."""
+    for made in some.glob("*/student.safetensors"):
+        assert (others / made.parent.name / made.name).read_bytes() == made.read_bytes(), made.parent.name
 
 
 def test_a_damaged_checkpoint_costs_an_epoch_and_nothing_else(
