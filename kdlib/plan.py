@@ -166,7 +166,10 @@ def _try(term: Term, mine: list[Tensor], theirs: list[Any], teacher: nn.Module) 
         loss.fit(mine, theirs, **extra) if term.lists else loss.fit(mine[0], theirs[0], **extra)
     if term.against != ("teacher",):
         return
+    training = getattr(loss, "training", False)
     try:
+        if isinstance(loss, nn.Module):
+            loss.eval()  # no batch statistics move, no mask is drawn
         with torch.no_grad():
             if term.lists:
                 loss(mine, theirs)
@@ -183,6 +186,9 @@ def _try(term: Term, mine: list[Tensor], theirs: list[Any], teacher: nn.Module) 
         raise ValueError(
             f"term {term.name!r}, {term.pairs[0].student} against {term.pairs[0].teacher}: {error}{hint}"
         ) from None
+    finally:
+        if isinstance(loss, nn.Module):
+            loss.train(training)
 
 
 def _head(term: Term, teacher: nn.Module) -> nn.Module:

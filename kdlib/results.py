@@ -47,7 +47,7 @@ def count_parameters(model: nn.Module) -> int:
 
 
 @torch.no_grad()
-def throughput(models: Sequence[nn.Module], images: Tensor, rounds: int = 9) -> list[float]:
+def throughput(models: Sequence[nn.Module], images: Tensor, rounds: int = 5) -> list[float]:
     """Images per second of each model in eval mode: median over rounds, after one warm-up.
 
     The models take turns within a round, so that a machine that slows down slows all of them.

@@ -127,6 +127,15 @@ class Training:
             with (self.folder / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(line) + "\n")
 
+    def _forget_after(self, step: int) -> None:
+        """Takes the lines that the checkpoint of ``step`` does not know out of the metrics, a half-written one too."""
+        file = self.folder / "metrics.jsonl"
+        lines = file.read_text().splitlines() if file.exists() else []
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        draft = file.with_name(".tmp-metrics.jsonl")
+        draft.write_text("".join(f"{line}\n" for line in kept))
+        draft.replace(file)
+
     def _save(self, epoch: int, step: int, result: dict[str, float]) -> None:
         state = {
             "epoch": epoch,
@@ -145,6 +154,8 @@ class Training:
         step, state, notes = found
         for note in notes:
             say(note, self.accelerator.is_main_process)
+        if self.accelerator.is_main_process:
+            self._forget_after(step)
         self.distiller.load_state_dict(state["distiller"])
         optimizer = state["optimizer"]
         optimizer["state"] = {int(key): value for key, value in optimizer["state"].items()}  # JSON keys are text
