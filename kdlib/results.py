@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.table import Table
@@ -85,16 +86,17 @@ def curves(folders: Mapping[str, Path], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    epochs: list[dict[str, object]] = []
+    epochs: list[dict[str, Any]] = []
     for label, folder in folders.items():
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        epochs = [line for line in lines if "top1" in line]
-        left.plot([line["epoch"] for line in epochs], [line["top1"] for line in epochs], marker=".", label=label)
+        tested = [line for line in lines if "top1" in line]
+        left.plot([line["epoch"] for line in tested], [line["top1"] for line in tested], marker=".", label=label)
+        epochs = [line for line in lines if "weights" in line]  # one a whole epoch, tested or not
     left.set(xlabel="epoch", ylabel="test top-1 (%)", title="accuracy")
     left.legend(frameon=False)
-    names = list(dict.fromkeys(name for line in epochs for name in line["terms"]))  # type: ignore[attr-defined]
+    names = list(dict.fromkeys(name for line in epochs for name in line["terms"]))
     for name in names:
-        points = [(line["epoch"], line["terms"][name]) for line in epochs if name in line["terms"]]  # type: ignore[index,operator]
+        points = [(line["epoch"], line["terms"][name]) for line in epochs if name in line["terms"]]
         right.plot(*zip(*points, strict=True), marker=".", label=name)
     right.set(xlabel="epoch", ylabel="value before its weight", yscale="log", title=f"terms of {list(folders)[-1]}")
     right.legend(frameon=False)

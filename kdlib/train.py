@@ -66,10 +66,11 @@ class Training:
                 if (epoch + 1) % self.eval_every == 0 or epoch + 1 == self.epochs:
                     result = evaluate(self.distiller.student, self.data.test, self.accelerator, self.channels_last)
                     progress.say(f"top-1 {result['top1']:.2f} %")
+                    means |= result
                 seconds = perf_counter() - started
                 rate = self.data.train.samples * self.accelerator.num_processes / seconds
                 weights = self.distiller.weights_in_force()
-                done = {"epoch": epoch + 1, "step": step, **means, **result}
+                done = {"epoch": epoch + 1, "step": step, **means}
                 self._log({**done, "weights": weights, "seconds": seconds, "images_per_second": rate})
                 if main:
                     self._save(epoch + 1, step, result)

@@ -64,10 +64,10 @@ class MixerBlock(nn.Module):
 
 
 def mixed(width: int = 6) -> nn.Module:
-    model = Tiny((width, 8))
-    for stage, channels in zip(model.stages, (width, 8), strict=True):
+    net = Tiny((width, 8))
+    for stage, channels in zip(net.stages, (width, 8), strict=True):
         stage.blocks = nn.ModuleList(MixerBlock(channels) for _ in range(2))
-    return model
+    return net
 
 
 @pytest.mark.parametrize("name", ["loss", "engine", "own"])

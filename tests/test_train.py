@@ -76,6 +76,12 @@ def test_metrics_hold_terms_before_weights_and_weights_in_force(tmp_path: Path, 
     assert second["top1"] == result["top1"] and second["step"] == 12
 
 
+def test_an_epoch_without_evaluation_claims_no_accuracy(tmp_path: Path, student: nn.Module) -> None:
+    training(tmp_path, student, eval_every=2).run()
+    first, second = lines(tmp_path)
+    assert "top1" not in first and second["top1"] >= 0
+
+
 def test_accumulation_steps_once_for_several_batches(tmp_path: Path, images: Tensor) -> None:
     """Two batches of four accumulated are one batch of eight: same gradient, same step."""
     student = randomise(Tiny(), 1)
