@@ -63,7 +63,12 @@ def wrong(*arguments: str) -> list[str]:
         ("terms.soft.loss.temperature=-1", "terms.soft.loss.temperature: SoftTarget: temperature must be a positive"),
         ("terms.soft.loss.temperature=x", "terms.soft.loss.temperature: input should be a valid number"),
         ("terms.soft.loss.temperature=true", "terms.soft.loss.temperature: input should be a number, not a boolean"),
-        ("terms.soft.loss=standardized", "terms.soft.loss: needs loss, which a config cannot say"),
+        ("terms.soft.loss=standardized", "terms.soft.loss.loss: is missing"),
+        ("terms.soft.loss={name: standardized, loss: soft_targt}", "terms.soft.loss.loss.name: no loss 'soft_targt'"),
+        (
+            "terms.soft.loss={name: standardized, loss: {name: soft_target, temperature: -1}}",
+            "terms.soft.loss.loss.temperature: SoftTarget: temperature must be a positive number",
+        ),
         ("terms.soft.loss={name: crd, samples: 9}", "terms.soft.loss: crd needs indices, which the data of a"),
         ("terms.soft.loss=3", "terms.soft.loss: input should be a mapping of keys to values (got 3)"),
         ("terms.x.loss={}", "terms.x.loss.name: is missing"),
@@ -428,3 +433,10 @@ def test_norms_and_biases_are_not_decayed_and_the_rate_warms_up_cosines_and_cool
 @pytest.mark.parametrize("name", ["sgd", "adam", "lamb", "lion"])
 def test_usual_optimizers_are_built(name: str) -> None:
     assert build.build_optimizer(recipe(f"optimizer.name={name}").optimizer, nn.Linear(2, 2))
+
+
+def test_a_loss_may_hold_another() -> None:
+    spec = recipe("terms.soft.loss={name: standardized, loss: {name: dkd, beta: 2.0}}").terms["soft"].loss
+    loss = spec.build()
+    assert type(loss).__name__ == "Standardized" and loss.against == ("teacher", "labels")
+    assert spec.whole == {"name": "standardized", "loss": {"name": "dkd", "beta": 2.0}}

@@ -17,7 +17,6 @@ from ..config import ConfigError
 from ..data import Augment, Data
 from ..data import load as load_data
 from ..distiller import Panel
-from ..losses import LOSSES
 from ..pairing import Pair, pair
 from .schema import Named, Optimizer, Recipe, Teacher, Term
 from .wording import nearest
@@ -132,7 +131,7 @@ def build_terms(recipe: Recipe, student: nn.Module, panel: nn.Module) -> list[te
     """
     built = []
     for name, spec in recipe.terms.items():
-        loss = LOSSES[spec.loss.name](**spec.loss.arguments)
+        loss = spec.loss.build()
         try:
             pairs = _pairs(spec, loss, student, panel, list(recipe.teachers))
         except ValueError as error:

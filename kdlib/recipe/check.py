@@ -14,7 +14,7 @@ from ..config import ConfigError, Document, Key
 from ..losses import LOSSES
 from .agree import disagreements
 from .children import children
-from .fields import signature_model
+from .fields import Named, signature_model
 from .schema import Loss, Recipe
 from .wording import dotted, nearest, wrongs
 
@@ -62,13 +62,7 @@ def check(raw: Mapping[str, Any]) -> tuple[Recipe | None, Wrong]:
     given = _arguments(("data",), data.load, recipe.data, wrong)
     terms = {}
     for name, term in recipe.terms.items():
-        at: Key = ("terms", name, "loss")
-        if term.loss.name in LOSSES:
-            arguments = _arguments(at, LOSSES[term.loss.name], term.loss.arguments, wrong)
-            terms[name] = term.model_copy(update={"loss": Loss(name=term.loss.name, **arguments)})
-        else:
-            hint = nearest(term.loss.name, LOSSES) or f"; known: {', '.join(sorted(LOSSES))}"
-            wrong.append(((*at, "name"), f"no loss {term.loss.name!r}{hint}"))
+        terms[name] = term.model_copy(update={"loss": _loss(("terms", name, "loss"), term.loss, wrong)})
     wrong += disagreements(recipe)
     if wrong:
         return None, wrong
@@ -87,6 +81,15 @@ def check(raw: Mapping[str, Any]) -> tuple[Recipe | None, Wrong]:
     return recipe, wrong
 
 
+def _loss(key: Key, spec: Named, wrong: Wrong) -> Loss:
+    """The loss with its arguments in their types, those of a loss that it holds too."""
+    if spec.name in LOSSES:
+        return Loss(name=spec.name, **_arguments(key, LOSSES[spec.name], spec.arguments, wrong))
+    hint = nearest(spec.name, LOSSES) or f"; known: {', '.join(sorted(LOSSES))}"
+    wrong.append(((*key, "name"), f"no loss {spec.name!r}{hint}"))
+    return Loss(name=spec.name)
+
+
 def _arguments(key: Key, target: Callable[..., Any], given: Mapping[str, Any], wrong: Wrong) -> dict[str, Any]:
     """The arguments given, checked against the signature of ``target``, and by building it where that is cheap."""
     model = signature_model(target)
@@ -97,13 +100,17 @@ def _arguments(key: Key, target: Callable[..., Any], given: Mapping[str, Any], w
     try:
         checked = model.model_validate(dict(given))
         arguments = {name: getattr(checked, name) for name in checked.model_fields_set}
+        known = len(wrong)
         for name, value in arguments.items():
-            if isinstance(value, BaseModel):
+            if isinstance(value, Named):
+                arguments[name] = _loss((*key, name), value, wrong).whole
+            elif isinstance(value, BaseModel):
                 fields = {field: getattr(value, field) for field in value.model_fields_set}
                 _build((*key, name), getattr(data, type(value).__name__), fields)
                 arguments[name] = fields
-        if inspect.isclass(target):
-            _build(key, target, arguments)
+        if inspect.isclass(target) and len(wrong) == known:
+            held = {name: Loss(**v).build() if isinstance(v, dict) else v for name, v in arguments.items()}
+            _build(key, target, held)
         return arguments
     except ValidationError as error:
         wrong += [((*key, *inner), what) for inner, what in wrongs(error, given, model)]

@@ -15,6 +15,7 @@ from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt, create_model
+from torch import nn
 
 from .. import data
 
@@ -111,6 +112,8 @@ def _strict(annotation: Any) -> Any:
     origin, arguments = get_origin(annotation), get_args(annotation)
     if annotation is Path:
         return Location
+    if annotation is nn.Module:
+        return Named  # a loss that another loss holds
     if annotation in (str, type(None), Any) or origin is Literal:
         return annotation
     if annotation in PLAIN:

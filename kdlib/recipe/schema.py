@@ -6,12 +6,26 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, StrictBool
+from torch import nn
 
+from ..losses import LOSSES
 from .fields import Count, Location, Moment, Named, Natural, Number, Positive, Share, Strict
 
 
 class Loss(Named):
-    """``name`` is a key of ``kdlib.losses.LOSSES``; the rest are its arguments."""
+    """``name`` is a key of ``kdlib.losses.LOSSES``; the rest are its arguments, among them a loss that it holds."""
+
+    def build(self) -> nn.Module:
+        """The loss itself.
+
+        Raises:
+            ValueError, TypeError: whatever its constructor says of the arguments.
+        """
+        return LOSSES[self.name](**{name: _built(value) for name, value in self.arguments.items()})
+
+
+def _built(value: Any) -> Any:
+    return Loss(**value).build() if isinstance(value, dict) else value
 
 
 class Student(Named):
