@@ -14,8 +14,9 @@ from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_c
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from recipes.riformer.backbone import Backbone, expect
 from recipes.riformer.fusion import Mlp
-from recipes.riformer.model import Size, expect, layer_groups, model_cfg, new_head, refuse_pretrained
+from recipes.riformer.model import Size, model_cfg, refuse_pretrained
 
 __all__ = ["GFNetH", "resize_state_dict"]
 
@@ -98,7 +99,7 @@ class Stage(nn.Module):
         return checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x)
 
 
-class GFNetH(nn.Module):
+class GFNetH(Backbone):
     """Images (B, in_chans, H, W) of one fixed size to logits (B, num_classes).
 
     Args:
@@ -181,9 +182,6 @@ class GFNetH(nn.Module):
         x = self.drop(x.mean(1) if self.global_pool else x)
         return x if pre_logits else self.head(x)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
-
     def forward_intermediates(
         self,
         x: Tensor,
@@ -210,47 +208,9 @@ class GFNetH(nn.Module):
             return outputs
         return (self.norm(x) if is_final else x), outputs
 
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Drop, in place, what `forward_intermediates(indices=indices)` does not need; returns the stage numbers."""
-        take, last = feature_take_indices(len(self.stages), indices)
-        shorter = last + 1 < len(self.stages)
-        self.stages = self.stages[: last + 1]
-        self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
-        if prune_norm or shorter:
-            self.norm = nn.Identity()
-        if prune_head or shorter:
-            self.reset_classifier(0, "")
-        return take
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A fresh classifier with `num_classes` outputs; 0 for none, so that `forward` returns features."""
-        if global_pool is not None:
-            expect("global_pool", global_pool, ("avg", ""))
-            self.global_pool = global_pool
-        if num_classes and not self.global_pool:
-            raise ValueError(f"num_classes={num_classes} with global_pool='': a classifier needs global_pool='avg'")
-        self.num_classes = num_classes
-        self.head = new_head(self.num_features, num_classes, self.stem.conv.weight)
-
-    def get_classifier(self) -> nn.Module:
-        """The last layer."""
-        return self.head
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute block activations in the backward pass instead of keeping them."""
-        for stage in self.modules():
-            if isinstance(stage, Stage):
-                stage.grad_checkpointing = enable
-
     def no_weight_decay(self) -> set[str]:
         """Parameters that timm's optimizers leave without weight decay."""
         return {"pos_embed"}
-
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Patterns from which timm sorts parameters into layers, for layer-wise learning rates."""
-        return layer_groups(coarse)
 
 
 def _pair(image_size: int | Sequence[int]) -> Grid:

@@ -12,20 +12,14 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from timm.layers import trunc_normal_
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from recipes.riformer.backbone import Backbone, expect
 from recipes.riformer.fusion import AFFINE_INITS, BLOCKS, FOLDS, MIXERS, BlockArgs, fuse_block, make_mixer
 
 __all__ = ["MetaFormer", "fuse"]
-
-
-def expect(what: str, given: object, allowed: Sequence[object]) -> None:
-    """Raise a ValueError that names `what`, what was given and what is allowed, unless `given` is allowed."""
-    if given not in allowed:
-        raise ValueError(f"{what} is {given!r}; expected one of {', '.join(map(repr, allowed))}")
 
 
 class PatchEmbed(nn.Module):
@@ -56,7 +50,7 @@ class Stage(nn.Module):
         return x.permute(0, 3, 1, 2) if self.form == "full" else x
 
 
-class MetaFormer(nn.Module):
+class MetaFormer(Backbone):
     """Images (B, in_chans, H, W) to logits (B, num_classes).
 
     Args:
@@ -134,9 +128,6 @@ class MetaFormer(nn.Module):
         x = self.drop(x.mean((2, 3)) if self.global_pool else x)
         return x if pre_logits else self.head(x)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
-
     def forward_intermediates(
         self,
         x: Tensor,
@@ -167,61 +158,6 @@ class MetaFormer(nn.Module):
         if intermediates_only:
             return outputs
         return (self.norm(x) if is_final else x), outputs
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Drop, in place, what `forward_intermediates(indices=indices)` does not need; returns the stage numbers."""
-        take, last = feature_take_indices(len(self.stages), indices)
-        shorter = last + 1 < len(self.stages)
-        self.stages = self.stages[: last + 1]
-        self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
-        if prune_norm or shorter:
-            self.norm = nn.Identity()
-        if prune_head or shorter:
-            self.reset_classifier(0, "")
-        return take
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A fresh classifier with `num_classes` outputs; 0 for none, so that `forward` returns features."""
-        if global_pool is not None:
-            expect("global_pool", global_pool, ("avg", ""))
-            self.global_pool = global_pool
-        if num_classes and not self.global_pool:
-            raise ValueError(f"num_classes={num_classes} with global_pool='': a classifier needs global_pool='avg'")
-        self.num_classes = num_classes
-        self.head = new_head(self.num_features, num_classes, self.stem.conv.weight)
-
-    def get_classifier(self) -> nn.Module:
-        """The last layer."""
-        return self.head
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute block activations in the backward pass instead of keeping them."""
-        for stage in self.modules():
-            if isinstance(stage, Stage):
-                stage.grad_checkpointing = enable
-
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Patterns from which timm sorts parameters into layers, for layer-wise learning rates."""
-        return layer_groups(coarse)
-
-
-def new_head(dim: int, num_classes: int, like: Tensor) -> nn.Module:
-    """Linear(dim, num_classes), trunc_normal(0.02) and 0, with device and dtype of `like`; Identity for no classes."""
-    if not num_classes:
-        return nn.Identity()
-    head = nn.Linear(dim, num_classes, device=like.device, dtype=like.dtype)
-    trunc_normal_(head.weight, std=0.02)
-    nn.init.zeros_(head.bias)
-    return head
-
-
-def layer_groups(coarse: bool) -> dict[str, Any]:
-    """timm's `group_matcher` patterns for models with the names `stem`, `stages.i.blocks.j` and `norm`."""
-    downsample, block = (r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None)
-    blocks = r"^stages\.(\d+)" if coarse else [downsample, block, (r"^norm", (99999,))]
-    return {"stem": r"^stem|^pos_embed", "blocks": blocks}
 
 
 def _refuse_pool(token_mixer: str) -> None:
