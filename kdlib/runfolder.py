@@ -82,8 +82,10 @@ def claim(recipe: Recipe) -> None:
         draft.write_text(dump(resolved(recipe)), encoding="utf-8")
 
 
-def finished(recipe: Recipe, student: nn.Module) -> dict[str, float] | None:
-    """What the finished run in the folder came to, its weights loaded into ``student``; None if it is not finished.
+def finished(recipe: Recipe, student: nn.Module) -> tuple[dict[str, float], float] | None:
+    """What the finished run in the folder came to and the seconds it took, its weights loaded into ``student``.
+
+    None if there is no finished run.
 
     Raises:
         ConfigError: it is finished and its summary or weights are damaged.
@@ -92,13 +94,14 @@ def finished(recipe: Recipe, student: nn.Module) -> dict[str, float] | None:
     if not file.exists():
         return None
     try:
-        result = dict(json.loads(file.read_text(encoding="utf-8"))["result"])
+        summary = json.loads(file.read_text(encoding="utf-8"))
+        found = dict(summary["result"]), float(summary["seconds"])
     except (ValueError, KeyError, TypeError):
         raise ConfigError(
             [f"output: {file} is damaged; delete it to finish the run again from its checkpoint"]
         ) from None
     load_weights(student, recipe.output / STUDENT, "output")
-    return result
+    return found
 
 
 def finish(recipe: Recipe, student: nn.Module, result: Mapping[str, float], seconds: float) -> None:

@@ -40,7 +40,7 @@ class Outcome:
     teachers: dict[str, Outcome] = field(default_factory=dict)
     baseline: Outcome | None = None
     seconds: float = 0.0
-    """What this call took, teachers and baseline included where they were not there yet."""
+    """What making it took, with the teachers and the baseline that were not there yet; as then, if it is read back."""
 
 
 def start(recipe: Recipe) -> Accelerator:
@@ -185,8 +185,8 @@ def _make(ready: Ready, accelerator: Accelerator) -> Outcome:
         outcome.baseline = _make(ready.baseline, accelerator)
     for name, child in teachers.items():
         panel[name].load_state_dict(child.student.state_dict())
-    result = runfolder.finished(recipe, student)
-    if result is None:
+    found = runfolder.finished(recipe, student)
+    if found is None:
         if recipe.student.init is not None:
             copied = weights.inherit(student, panel[recipe.student.init])
             own = len(student.state_dict()) - len(copied)
@@ -199,6 +199,7 @@ def _make(ready: Ready, accelerator: Accelerator) -> Outcome:
         if shown:
             runfolder.finish(recipe, student, result, perf_counter() - began)
     else:
+        result, outcome.seconds = found
         student.to(accelerator.device)
         say(f"{title}: finished before, read from {recipe.output}", shown)
     accelerator.wait_for_everyone()
@@ -208,7 +209,7 @@ def _make(ready: Ready, accelerator: Accelerator) -> Outcome:
             member = panel[name].to(accelerator.device)
             measured = {} if name in ready.prepare else evaluate(member, ready.data.test, accelerator)
             teachers[name] = Outcome(spec.name, recipe.output, member, ready.data, measured, accelerator)
-    outcome.seconds = perf_counter() - began
+    outcome.seconds = outcome.seconds or perf_counter() - began
     return outcome
 
 
