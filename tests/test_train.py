@@ -114,5 +114,16 @@ def test_metrics_do_not_repeat_what_a_stopped_epoch_wrote(tmp_path: Path, studen
     again.run()
     steps = [line["step"] for line in lines(tmp_path)]
     assert steps == sorted(steps) and steps.count(14) == 1 and steps[-1] == 18
+
+
+def test_curves_show_accuracy_where_tested_and_terms_of_every_epoch(
+    tmp_path: Path, student: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training(tmp_path, student, eval_every=2).run()
+    drawn = []
+    monkeypatch.setattr("matplotlib.pyplot.close", drawn.append)
     curves({"student": tmp_path}, tmp_path / "curves.png")
+    left, right = drawn[0].axes
+    assert [list(line.get_xdata()) for line in left.lines] == [[2]]
+    assert {line.get_label(): list(line.get_xdata()) for line in right.lines} == {"soft": [1], "label": [1, 2]}
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
