@@ -62,6 +62,8 @@ def start(recipe: Recipe) -> Accelerator:
                 "set); on CPUs start with ACCELERATE_USE_CPU=true torchrun --nproc-per-node …"
             ]
         )
+    torch.set_float32_matmul_precision("high" if recipe.tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = recipe.tf32
     if recipe.threads or (accelerator.device.type == "cpu" and world == 1):
         torch.set_num_threads(recipe.threads or _cores())  # accelerate launch leaves one thread on a CPU
     return accelerator
@@ -237,7 +239,7 @@ def _train(ready: Ready, accelerator: Accelerator) -> dict[str, float]:
         recipe.accumulate,
         recipe.optimizer.clip_grad,
         recipe.channels_last,
-        recipe.compile,
+        recipe.compile.mode,
         recipe.log_every,
         recipe.eval_every,
     )

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 
-from . import checkpoint
+from . import checkpoint, compiling
 from .data import Data
 from .data import Loader as Batches
 from .distiller import Distilled, Distiller, Teacher
@@ -41,27 +41,25 @@ class Training:
     accumulate: int = 1
     clip_grad: float | None = None
     channels_last: bool = False
-    compile: bool = False
+    compile: str = "auto"
+    """A mode of ``compiling.MODES``."""
     log_every: int = 50
     eval_every: int = 1
 
     def run(self) -> dict[str, float]:
         """Trains to the end and returns the last evaluation: ``top1``, ``top5`` in percent and ``loss``."""
         main = self.accelerator.is_main_process
-        if self.compile:  # hooks are registered by now; a hook that came after compiling would never fire
-            self.distiller.compile(fullgraph=True)
-            if self.teacher is not None:
-                self.teacher.compile(fullgraph=True)
         self.accelerator.gradient_accumulation_steps = self.accumulate
         first, step, result = self._resume()
         self.engine, self.prepared = self.accelerator.prepare(self.distiller, self.optimizer)
+        self.mode = compiling.resolve(self.compile, self.accelerator.device)
+        if self.mode is not None and first < self.epochs:
+            self._compile(first)
         steps = len(self.data.train)
         with bar(self.title, self.epochs * steps, first * steps, main) as progress:
             for epoch in range(first, self.epochs):
                 started = perf_counter()
-                self.distiller.set_epoch(epoch, self.epochs)
-                if self.teacher is not None:
-                    self.teacher.set_epoch(epoch, self.epochs)
+                self._set_epoch(epoch)
                 means, step = self._epoch(epoch, step, progress)
                 if (epoch + 1) % self.eval_every == 0 or epoch + 1 == self.epochs:
                     result = evaluate(self.distiller.student, self.data.test, self.accelerator, self.channels_last)
@@ -77,6 +75,21 @@ class Training:
                 self.accelerator.wait_for_everyone()
         self.accelerator.free_memory()
         return result
+
+    def _compile(self, epoch: int) -> None:
+        """Compiles for the terms of ``epoch``, trying it on its first batch."""
+        assert self.mode is not None
+        self._set_epoch(epoch)
+        self.engine.train()
+        batch = next(self.data.train.epoch(epoch))
+        modules = [self.distiller] if self.teacher is None else [self.distiller, self.teacher]
+        self.mode, line = compiling.rehearse(lambda: self._backward(*batch).loss, modules, self.mode, batch[0].device)
+        say(f"{self.title}: {line}", self.accelerator.is_main_process)
+
+    def _set_epoch(self, epoch: int) -> None:
+        self.distiller.set_epoch(epoch, self.epochs)
+        if self.teacher is not None:
+            self.teacher.set_epoch(epoch, self.epochs)
 
     def _epoch(self, epoch: int, step: int, progress: Bar) -> tuple[dict[str, Any], int]:
         """One pass over the training images. Sums stay on the device until a log line wants them."""
@@ -99,19 +112,24 @@ class Training:
         return {**self._means(sums, counts), "lr": self._lr()}, step
 
     def _step(self, images: Tensor, labels: Tensor) -> Distilled:
-        if self.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
         with self.accelerator.accumulate(self.engine):
-            targets = {"@labels": labels}
-            if self.teacher is not None:
-                with self.accelerator.autocast():
-                    targets |= self.teacher(images)
-            out: Distilled = self.engine(images, targets)
-            self.accelerator.backward(out.loss)
+            out = self._backward(images, labels)
             if self.clip_grad is not None and self.accelerator.sync_gradients:
                 self.accelerator.clip_grad_norm_(self.distiller.parameters(), self.clip_grad)
             self.prepared.step()
             self.prepared.zero_grad()
+        return out
+
+    def _backward(self, images: Tensor, labels: Tensor) -> Distilled:
+        compiling.begin_step(self.mode)
+        if self.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        targets = {"@labels": labels}
+        if self.teacher is not None:
+            with self.accelerator.autocast():
+                targets |= self.teacher(images)
+        out: Distilled = self.engine(images, targets)
+        self.accelerator.backward(out.loss)
         return out
 
     def _means(self, sums: dict[str, Tensor], counts: dict[str, int]) -> dict[str, Any]:

@@ -195,11 +195,16 @@ def _expects(spec: Teacher, model: nn.Module, data: Data) -> tuple[tuple[float, 
 def build_optimizer(spec: Optimizer, model: nn.Module) -> torch.optim.Optimizer:
     """timm's optimizer; what is one-dimensional, a bias, or named by ``no_weight_decay`` is not decayed.
 
+    On a GPU it is the fused one where torch has it: one kernel a group of parameters.
+
     Raises:
         Exception: of any kind, for an unknown name or an argument that this optimizer does not take.
     """
     extras = {name: getattr(spec, name) for name in ("betas", "eps", "momentum") if getattr(spec, name) is not None}
-    return create_optimizer_v2(model, opt=spec.name, lr=spec.lr, weight_decay=spec.weight_decay, **extras)
+    given = {"opt": spec.name, "lr": spec.lr, "weight_decay": spec.weight_decay, **extras}
+    optimizer = create_optimizer_v2(model, **given)
+    on_gpu = all(p.is_cuda for p in model.parameters())
+    return create_optimizer_v2(model, **given, fused=True) if on_gpu and "fused" in optimizer.defaults else optimizer
 
 
 def build_scheduler(recipe: Recipe, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> CosineLRScheduler:

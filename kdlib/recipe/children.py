@@ -7,7 +7,7 @@ from typing import Any
 from ..config import Document, Key
 from .schema import Recipe
 
-SHARED = ("data", "seed", "precision", "channels_last", "compile", "threads", "log_every", "eval_every")
+SHARED = ("data", "seed", "precision", "tf32", "channels_last", "compile", "threads", "log_every", "eval_every")
 """What every child takes over unless it says otherwise."""
 SAME_TRAINING = ("epochs", "optimizer", "schedule", "accumulate")
 """What the baseline takes over besides, so that it differs in the objective alone."""

@@ -107,6 +107,13 @@ class Schedule(Strict):
     cooldown_epochs: Share = 0
 
 
+class Compile(Strict):
+    """torch.compile of teacher and distiller, each as one graph; what cannot be compiled so runs as it is."""
+
+    mode: Literal["auto", "off", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "auto"
+    """``auto`` compiles on a GPU; ``reduce-overhead`` records CUDA graphs too, for small models at small batches."""
+
+
 class Recipe(Strict):
     """A whole run: who learns, from whom, on what, for how long."""
 
@@ -124,9 +131,10 @@ class Recipe(Strict):
     """Batches per optimizer step."""
     precision: Literal["none", "bf16", "fp16"] = "none"
     """Mixed precision of the student, and of teachers that name none."""
+    tf32: StrictBool = True
+    """On a GPU, float32 products are computed from numbers of 10 mantissa bits: several times as fast."""
     channels_last: StrictBool = False
-    compile: StrictBool = False
-    """torch.compile of teacher and distiller, each as one graph."""
+    compile: Compile = Compile()
     threads: Natural = 0
     """CPU threads; 0 takes all cores for one process, whatever the launcher set."""
     seed: Natural = 0

@@ -1,0 +1,100 @@
+"""torch.compile for a training step: teacher and distiller each as one graph, or as they are, told in one line."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import checkpoint
+
+MODES = ("auto", "off", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+GRAPHS = ("reduce-overhead", "max-autotune")
+"""Modes that record CUDA graphs: a step then costs the host one launch a graph, not one a kernel."""
+
+
+def resolve(mode: str, device: torch.device) -> str | None:
+    """What ``compile.mode`` means on ``device``: a mode of ``torch.compile``, or None for not at all.
+
+    ``auto`` is ``default`` on a GPU and nothing elsewhere: a CPU gains less than compiling costs.
+    """
+    assert mode in MODES, mode
+    if mode == "auto":
+        return "default" if device.type == "cuda" else None
+    return None if mode == "off" else mode
+
+
+def compile_whole(modules: Sequence[nn.Module], mode: str | None) -> None:
+    """Compiles each module in place as one graph (``fullgraph``), or with mode None takes compilation off again.
+
+    Call it when all taps are set: a compiled module does not see hooks that come later.
+    """
+    for module in modules:
+        if mode is None:
+            module._compiled_call_impl = None
+        else:
+            module.compile(fullgraph=True, dynamic=False, mode=None if mode == "default" else mode)
+
+
+def rehearse(
+    step: Callable[[], Tensor], modules: Sequence[nn.Module], mode: str, device: torch.device
+) -> tuple[str | None, str]:
+    """Compiles ``modules`` and runs ``step`` once, forward and backward, so that what cannot be compiled shows now.
+
+    Buffers, gradients and random numbers are afterwards as they were before: a run is the same with and without it.
+
+    Args:
+        step: one forward and backward of all of ``modules``; gives the loss.
+
+    Returns:
+        ``(mode in force, a line for people)``: if a module cannot be compiled whole, compilation is taken off and the
+        mode is None.
+
+    Raises:
+        Exception: whatever ``step`` raises when nothing is compiled.
+    """
+    started = perf_counter()
+    compile_whole(modules, mode)
+    try:
+        with _unchanged(modules, device):
+            step()
+        return mode, f"compiled ({mode}), first step {perf_counter() - started:.0f} s"
+    except Exception as error:  # the compiler's errors have no common class
+        reason = _reason(error)
+    compile_whole(modules, None)
+    with _unchanged(modules, device):
+        step()
+    return None, f"runs without torch.compile, which cannot take it whole: {reason}"
+
+
+def begin_step(mode: str | None) -> None:
+    """Tells recorded CUDA graphs that what the last step gave may be overwritten."""
+    if mode in GRAPHS:
+        torch.compiler.cudagraph_mark_step_begin()
+
+
+@contextmanager
+def _unchanged(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
+    buffers = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers()]
+    draws = checkpoint.random_state(device)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+        for module in modules:
+            module.zero_grad(set_to_none=True)
+        checkpoint.set_random_state(draws, device)
+
+
+def _reason(error: BaseException) -> str:
+    """The compiler's own first sentence, or that of what made it stop."""
+    cause: Any = getattr(error, "inner_exception", None) or error
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    return (lines[0] if lines else type(cause).__name__)[:200].rstrip(os.linesep + ".")

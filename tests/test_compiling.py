@@ -1,0 +1,114 @@
+"""torch.compile of a run: whole or not at all, and nothing else changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from conftest import Tiny, randomise
+from torch import Tensor, nn
+
+import kdlib as kd
+from kdlib import compiling
+from kdlib.losses import FeatureMSE, SoftTarget
+
+CPU = torch.device("cpu")
+
+
+class Asks(nn.Module):
+    """Looks at a value while it runs, which no whole graph can."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if float(x.detach().sum()) > 0 else -x
+
+
+class Fails(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        raise ArithmeticError("out of numbers")
+
+
+def pair_of(student: nn.Module) -> tuple[kd.Distiller, kd.Teacher]:
+    model = randomise(Tiny(), 9)
+    terms = [kd.Term("soft", SoftTarget()), kd.Term("mixer", FeatureMSE(), pairs=kd.pair(student, model, "stem"))]
+    return kd.Distiller(student, terms), kd.Teacher(model, terms)
+
+
+def step_of(distiller: kd.Distiller, teacher: kd.Teacher, images: Tensor) -> Callable[[], Tensor]:
+    def step() -> Tensor:
+        loss = distiller(images, teacher(images)).loss
+        loss.backward()
+        return loss
+
+    return step
+
+
+@pytest.mark.parametrize(
+    ("mode", "on_cpu", "on_gpu"),
+    [
+        ("auto", None, "default"),
+        ("off", None, None),
+        ("default", "default", "default"),
+        ("reduce-overhead", "reduce-overhead", "reduce-overhead"),
+    ],
+)
+def test_auto_compiles_on_a_gpu_only(mode: str, on_cpu: str | None, on_gpu: str | None) -> None:
+    assert compiling.resolve(mode, CPU) == on_cpu
+    assert compiling.resolve(mode, torch.device("cuda")) == on_gpu
+
+
+def test_what_cannot_be_compiled_whole_runs_as_it_is_and_one_line_says_why(images: Tensor) -> None:
+    student = randomise(Tiny())
+    student.drop = Asks()
+    distiller, teacher = pair_of(student)
+    mode, line = compiling.rehearse(step_of(distiller, teacher, images), [distiller, teacher], "default", CPU)
+    assert mode is None
+    assert line.startswith("runs without torch.compile, which cannot take it whole: ") and "\n" not in line
+    assert len(line) > 70
+    assert distiller._compiled_call_impl is None and teacher._compiled_call_impl is None
+    step_of(distiller, teacher, images)()
+
+
+def test_an_error_of_the_models_own_comes_through(images: Tensor) -> None:
+    student = randomise(Tiny())
+    student.drop = Fails()
+    distiller, teacher = pair_of(student)
+    with pytest.raises(ArithmeticError, match="out of numbers"):
+        compiling.rehearse(step_of(distiller, teacher, images), [distiller, teacher], "default", CPU)
+
+
+@pytest.mark.parametrize("breaks", [True, False])
+def test_the_rehearsal_leaves_no_trace(images: Tensor, breaks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = compiling.compile_whole  # inductor takes half a minute; what is undone here does not depend on it
+    monkeypatch.setattr(compiling, "compile_whole", lambda modules, mode: plain(modules, mode) if breaks else None)
+    student = randomise(Tiny())
+    student.train()
+    if breaks:
+        student.stages[1].blocks[1].mixer = Asks()
+    distiller, teacher = pair_of(student)
+    before = {name: value.clone() for name, value in distiller.state_dict().items()}
+    drawn = torch.get_rng_state()
+    compiling.rehearse(step_of(distiller, teacher, images), [distiller, teacher], "default", CPU)
+    for name, value in distiller.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert all(parameter.grad is None for parameter in distiller.parameters())
+
+
+@pytest.mark.slow
+def test_a_compiled_step_is_the_plain_one(images: Tensor) -> None:
+    gradients = []
+    for mode in (None, "default"):
+        student = randomise(Tiny())
+        student.drop.p = 0.0  # a compiled graph draws other random numbers
+        distiller, teacher = pair_of(student)
+        if mode is not None:
+            found, line = compiling.rehearse(step_of(distiller, teacher, images), [distiller, teacher], mode, CPU)
+            assert found == mode and line.startswith("compiled (default), first step ")
+            assert distiller._compiled_call_impl is not None
+        for weight in (1.0, 0.3, 0.0):  # a schedule that moves a weight and then switches its term off
+            distiller.set_weights({"mixer": weight})
+            loss = step_of(distiller, teacher, images)()
+        gradients.append([loss, *(p.grad for p in student.parameters())])
+    for plain, compiled in zip(*gradients, strict=True):
+        torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-6)
