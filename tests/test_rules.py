@@ -19,7 +19,7 @@ KDLIB = ROOT / "kdlib"
 FILES = sorted(path for path in KDLIB.rglob("*.py") if "assets" not in path.parts)
 
 FLOORS = {
-    "losses": 0, "taps": 0, "pairing": 0, "adapters": 0, "schedules": 0, "yaml12": 0, "progress": 0,
+    "losses": 0, "taps": 0, "pairing": 0, "adapters": 0, "schedules": 0, "yaml12": 0, "progress": 0, "cka": 0,
     "config": 1, "terms": 1, "distiller": 1, "plan": 1, "__init__": 1,
     "data": 2, "recipe": 2, "results": 2,
     "checkpoint": 3, "compiling": 3, "train": 3, "runfolder": 3, "runs": 3,
