@@ -1,11 +1,12 @@
 """Time and peak memory, forward and backward, of every loss against its plain definition.
 
-    PYTHONPATH=. python benchmarks/losses.py --out benchmarks/results/losses.json
-    PYTHONPATH=. python benchmarks/losses.py --cpu --only nst rkd_angle
+    python benchmarks/losses.py --out benchmarks/results/losses.json
+    python benchmarks/losses.py --cpu --only nst rkd_angle
 
 Batches of 64 at ImageNet's shapes on a GPU, small ones with --cpu (one thread, no memory measured). Ratios are within
 one run: plain over ours, so above 1 is faster or smaller. Peak memory is what is allocated beyond inputs, parameters
-and buffers, the graph that forward leaves for backward included.
+and buffers, the graph that forward leaves for backward included. What does not fit into --memory is said to, and the
+rest goes on.
 The plain definitions are those that the tests compare values with, tests/losses_plain.py.
 """
 
@@ -27,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "tests")]
 
 from losses_plain import PLAIN
 
@@ -142,19 +143,30 @@ class _Cuda:
 def bench(name: str, device: torch.device, small: bool, seconds: float) -> dict[str, Any]:
     loss, inputs, shapes = prepare(name, device, small)
     row: dict[str, Any] = {"loss": name, "shapes": [list(shape) for shape in shapes]}
-    row["ours"] = measure(loss, loss, inputs, seconds)
+    row["ours"] = attempt(loss, loss, inputs, seconds)
     plain_loss = copy.deepcopy(loss)
-    try:
-        row["plain"] = measure(lambda *x: PLAIN[name](plain_loss, *x), plain_loss, inputs, seconds)
-    except torch.OutOfMemoryError:
-        row["plain"] = None
+    row["plain"] = attempt(lambda *x: PLAIN[name](plain_loss, *x), plain_loss, inputs, seconds)
     return row
+
+
+def attempt(call: Callable[..., Tensor], loss: nn.Module, inputs: list[Any], seconds: float) -> dict[str, Any]:
+    """What ``measure`` gives, or ``{"failed": …}``; nothing that was allocated stays."""
+    try:
+        return measure(call, loss, inputs, seconds)
+    except torch.OutOfMemoryError:
+        return {"failed": "out of memory"}
+    finally:
+        loss.zero_grad(set_to_none=True)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def ratio(row: dict[str, Any], what: str) -> str:
     """Plain over ours, both passes together; memory: the larger peak of the two passes."""
-    if row["plain"] is None:
-        return "out of memory"
+    for who in ("ours", "plain"):
+        if "failed" in row[who]:
+            return str(row[who]["failed"])
     plain, ours = (_total(row[who], what) for who in ("plain", "ours"))
     return "-" if plain is None or ours is None else f"{plain / max(ours, 1e-9):.2f}"
 
@@ -167,20 +179,21 @@ def _total(measured: dict[str, float | None], what: str) -> float | None:
 
 def show(row: dict[str, Any]) -> str:
     def cell(who: str, key: str) -> str:
-        measured = row[who]
-        return "-" if measured is None or measured[key] is None else f"{measured[key]:.2f}"
+        number = row[who].get(key)
+        return "-" if number is None else f"{number:.2f}"
 
     keys = ("forward_ms", "backward_ms", "forward_mib", "backward_mib")
     numbers = [cell(who, key) for who in ("ours", "plain") for key in keys]
     shape = "x".join(map(str, row["shapes"][-1])) + ("…" if len(row["shapes"]) > 1 else "")
-    return f"{row['loss']:24}{shape:18}" + "".join(f"{n:>11}" for n in [*numbers, ratio(row, "ms"), ratio(row, "mib")])
+    return f"{row['loss']:24}{shape:18}" + "".join(f" {n:>10}" for n in [*numbers, ratio(row, "ms"), ratio(row, "mib")])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cpu", action="store_true", help="small shapes on the CPU")
     parser.add_argument("--only", nargs="+", choices=sorted(LOSSES), default=list(LOSSES), metavar="LOSS")
-    parser.add_argument("--seconds", type=float, default=1.0, help="for each loss and each of its two forms")
+    parser.add_argument("--seconds", type=float, help="for each loss and each of its two forms (1; 0.05 with --cpu)")
+    parser.add_argument("--memory", type=float, default=100, metavar="GIB", help="of the GPU, no more (100)")
     parser.add_argument("--out", type=Path, help="a JSON file for the results")
     args = parser.parse_args()
     device = torch.device("cpu" if args.cpu else "cuda")
@@ -188,6 +201,10 @@ def main() -> None:
         torch.set_num_threads(1)
     elif not torch.cuda.is_available():
         parser.error("no GPU here: give --cpu")
+    else:
+        whole = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, args.memory * 2**30 / whole))
+    seconds = args.seconds or (0.05 if args.cpu else 1.0)
     heads = [f"{who} {what}" for who in ("our", "plain") for what in ("fwd ms", "bwd ms", "fwd MiB", "bwd MiB")]
     print(f"{'loss':24}{'shape':18}" + "".join(f"{h[:10]:>11}" for h in [*heads, "time x", "memory x"]))
     about = {
@@ -196,19 +213,17 @@ def main() -> None:
         "python": platform.python_version(),
         "cuda": torch.version.cuda,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "seconds": args.seconds,
+        "seconds": seconds,
+        "memory_gib": None if args.cpu else args.memory,
         "tf32_matmul": torch.backends.cuda.matmul.allow_tf32,
     }
     rows = []
     for name in args.only:
-        rows.append(bench(name, device, args.cpu, 0.05 if args.cpu else args.seconds))
+        rows.append(bench(name, device, args.cpu, seconds))
         print(show(rows[-1]), flush=True)
         if args.out:  # row by row: what was measured is kept if the rest is cut off
             args.out.parent.mkdir(parents=True, exist_ok=True)
             args.out.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
-        gc.collect()
-        if not args.cpu:
-            torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from unittest import mock
@@ -77,6 +78,20 @@ def test_the_plain_definition_is_caught(name):
     """The measure itself: the definitions that are known to be wasteful exceed the limit."""
     seen, shapes, _ = largest(lambda loss: lambda *x: bench.PLAIN[name](loss, *x), name, backward=False)
     assert seen.numel > 2 * max(torch.Size(shape).numel() for shape in shapes)
+
+
+def test_what_does_not_fit_is_said_to_and_the_rest_goes_on(monkeypatch, capsys, tmp_path):
+    def too_large(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setitem(bench.PLAIN, "pkt", too_large)
+    out = tmp_path / "rows.json"
+    monkeypatch.setattr(sys, "argv", ["losses.py", "--cpu", "--out", str(out), "--only", "pkt", "dkd"])
+    bench.main()
+    assert "out of memory" in capsys.readouterr().out
+    pkt, dkd = json.loads(out.read_text())["rows"]
+    assert pkt["plain"] == {"failed": "out of memory"}
+    assert pkt["ours"]["forward_ms"] > 0 < dkd["plain"]["forward_ms"]
 
 
 def test_the_benchmark_knows_the_catalogue():
