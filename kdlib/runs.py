@@ -153,7 +153,8 @@ def get_ready(
     prepare = build.build_prepare(recipe, data, panel)
     build.check_answers(recipe, student, panel, prepare, images, len(data.classes))
     try:
-        plan = fit(build.build_terms(recipe, student, panel), student, panel, images, prepare=prepare)
+        terms = build.build_terms(recipe, student, panel, data.train.batches.images)
+        plan = fit(terms, student, panel, images, prepare=prepare)
     except (ValueError, RuntimeError) as error:
         raise error if isinstance(error, ConfigError) else ConfigError([build.of_term(error)]) from None
     ready = Ready(recipe, title, data, images, student, panel, prepare, plan)

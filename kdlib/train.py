@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -14,7 +15,7 @@ from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 
 from . import checkpoint, compiling
-from .data import Data
+from .data import Data, with_targets
 from .data import Loader as Batches
 from .distiller import Distilled, Distiller, Teacher
 from .progress import Bar, bar, say
@@ -81,7 +82,7 @@ class Training:
         assert self.mode is not None
         self._set_epoch(epoch)
         self.engine.train()
-        batch = next(self.data.train.epoch(epoch))
+        batch = next(self._batches(epoch))
         modules = [self.distiller] if self.teacher is None else [self.distiller, self.teacher]
         self.mode, line = compiling.rehearse(lambda: self._backward(*batch).loss, modules, self.mode, batch[0].device)
         say(f"{self.title}: {line}", self.accelerator.is_main_process)
@@ -91,13 +92,16 @@ class Training:
         if self.teacher is not None:
             self.teacher.set_epoch(epoch, self.epochs)
 
+    def _batches(self, epoch: int) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        return with_targets(self.data.train, [key for term in self.distiller.terms for key in term.targets], epoch)
+
     def _epoch(self, epoch: int, step: int, progress: Bar) -> tuple[dict[str, Any], int]:
         """One pass over the training images. Sums stay on the device until a log line wants them."""
         self.engine.train()
         sums: dict[str, Tensor] = {}
         counts: dict[str, int] = {}
-        for i, (images, labels) in enumerate(self.data.train.epoch(epoch), start=1):
-            out = self._step(images, labels)
+        for i, (images, targets) in enumerate(self._batches(epoch), start=1):
+            out = self._step(images, targets)
             for name, value in {"loss": out.loss.detach(), **out.terms}.items():
                 sums[name] = sums[name] + value if name in sums else value.clone()
                 counts[name] = counts.get(name, 0) + 1
@@ -111,23 +115,22 @@ class Training:
                 self._log({"epoch": epoch + i / len(self.data.train), "step": step, **means, "lr": self._lr()})
         return {**self._means(sums, counts), "lr": self._lr()}, step
 
-    def _step(self, images: Tensor, labels: Tensor) -> Distilled:
+    def _step(self, images: Tensor, targets: dict[str, Tensor]) -> Distilled:
         with self.accelerator.accumulate(self.engine):
-            out = self._backward(images, labels)
+            out = self._backward(images, targets)
             if self.clip_grad is not None and self.accelerator.sync_gradients:
                 self.accelerator.clip_grad_norm_(self.distiller.parameters(), self.clip_grad)
             self.prepared.step()
             self.prepared.zero_grad()
         return out
 
-    def _backward(self, images: Tensor, labels: Tensor) -> Distilled:
+    def _backward(self, images: Tensor, targets: dict[str, Tensor]) -> Distilled:
         compiling.begin_step(self.mode)
         if self.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        targets = {"@labels": labels}
         if self.teacher is not None:
             with self.accelerator.autocast():
-                targets |= self.teacher(images)
+                targets = targets | self.teacher(images)
         out: Distilled = self.engine(images, targets)
         self.accelerator.backward(out.loss)
         return out

@@ -69,7 +69,7 @@ def wrong(*arguments: str) -> list[str]:
             "terms.soft.loss={name: standardized, loss: {name: soft_target, temperature: -1}}",
             "terms.soft.loss.loss.temperature: SoftTarget: temperature must be a positive number",
         ),
-        ("terms.soft.loss={name: crd, samples: 9}", "terms.soft.loss: crd needs indices, which the data of a"),
+        ("terms.soft.loss={name: crd, samples: 0}", "terms.soft.loss.samples: CRD: samples must be a positive number"),
         ("terms.soft.loss=3", "terms.soft.loss: input should be a mapping of keys to values (got 3)"),
         ("terms.x.loss={}", "terms.x.loss.name: is missing"),
         ("terms.x.loss.name=null", "terms.x.loss.name: input should be a valid string (got None)"),
@@ -131,6 +131,24 @@ def wrong(*arguments: str) -> list[str]:
 def test_a_mistake_is_one_line_that_says_where_and_what(argument: str, line: str) -> None:
     (found,) = wrong(argument)
     assert found.startswith(f"command line: {line}"), found
+
+
+@pytest.mark.parametrize(
+    ("loss", "mix", "line"),
+    [
+        ("crd", "mixup", "crd remembers each image by itself, and mixup mixes two; set data.augment.mixup=0"),
+        ("dkd", "cutmix", "dkd needs one class an image, and cutmix mixes two; set data.augment.cutmix=0"),
+        (
+            "{name: standardized, loss: {name: learnable_temperature, loss: nkd}}",
+            "mixup",
+            "nkd needs one class an image, and mixup mixes two; set data.augment.mixup=0",
+        ),
+    ],
+)
+def test_losses_that_cannot_take_mixed_images(loss: str, mix: str, line: str) -> None:
+    assert wrong(f"terms.soft.loss={loss}", f"data.augment.{mix}=0.2")[0].endswith(f": terms.soft.loss: {line}")
+    assert recipe(f"terms.soft.loss={loss}", f"data.augment.{mix}=0")
+    assert recipe("terms.soft.loss=cross_entropy", "terms.soft.teacher=null", f"data.augment.{mix}=0.2")
 
 
 def test_what_is_left_out_is_told_and_terms_cannot_be_none() -> None:

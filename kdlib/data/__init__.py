@@ -12,11 +12,11 @@ import torch
 
 from .augment import ARRAYS_ONLY, FILES_ONLY, Augment, BatchAugment, eval_transform, train_transform
 from .fashion import FASHION_MEAN, FASHION_STD, Arrays, embedded, fashion_mnist
-from .loaders import ArrayLoader, FileLoader, Loader, Normalise
+from .loaders import ArrayLoader, FileLoader, Loader, Normalise, with_targets
 from .samplers import EpochBatches
 from .sources import STREAMS, TIMM, Files, Spread, image_folder, timm_dataset
 
-__all__ = ["Augment", "Data", "Loader", "load"]
+__all__ = ["Augment", "Data", "Loader", "load", "with_targets"]
 
 NAMES = ("fashion-mnist-5k", "fashion-mnist", "folder")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

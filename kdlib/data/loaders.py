@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import partial
 from typing import Any, Protocol
 
@@ -22,6 +22,10 @@ class Loader(Protocol):
 
     samples: int
     """Images per epoch on this rank."""
+    batches: EpochBatches
+    """Which image comes when."""
+    device: torch.device
+    """Where batches arrive."""
 
     def __len__(self) -> int: ...
 
@@ -35,6 +39,24 @@ class Loader(Protocol):
         Raises:
             ValueError: `start` outside 0…len, or (from the iterator) an image that cannot be read.
         """
+
+
+def with_targets(
+    loader: Loader, reads: Collection[str] = (), epoch: int = 0, start: int = 0
+) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    """`loader.epoch` as images and targets: `@labels`, and `@indices` where `reads` has it.
+
+    `@indices` is int64 (B,) on the device: which of the loader's images each one is, the same number in every epoch, on
+    every rank and after a new start. The numbers of an epoch are sent at once, so that a batch sends nothing.
+    """
+    batches: Iterator[Any] = loader.epoch(epoch, start)
+    if "@indices" not in reads:
+        yield from ((images, {"@labels": labels}) for images, labels in batches)
+        return
+    rows = loader.batches.rows(epoch)[start:]
+    numbers = torch.cat(rows).to(loader.device).split([len(row) for row in rows]) if rows else ()
+    for (images, labels), indices in zip(batches, numbers, strict=True):
+        yield images, {"@labels": labels, "@indices": indices}
 
 
 def _check_start(loader: Loader, start: int) -> None:

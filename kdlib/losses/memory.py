@@ -31,10 +31,11 @@ class CRD(Learned):
     Scores are taken from one product with the whole memory where that allocates less than gathering negatives.
 
     Shapes: student ``(B, D)``, teacher ``(B, D')``, indices in the data set int64 ``(B,)``. Floor: above 0, reached
-    where positives and negatives are told apart. Needs indices, no labels. Two buffers of ``samples · dim`` numbers.
+    where positives and negatives are told apart. Needs indices, no labels; mixup is not allowed, for a mixed image has
+    no row of its own in the memory. Two buffers of ``samples · dim`` numbers.
 
     Args:
-        samples: size of the data set.
+        samples: number of training images; a recipe leaves it out, and takes it from its data.
         dim: size of the common embedding.
         negatives: ``n``, for each sample.
         temperature: ``T > 0``.
@@ -60,7 +61,7 @@ class CRD(Learned):
 
     def __init__(
         self,
-        samples: int,
+        samples: int | None = None,
         dim: int = 128,
         negatives: int = 16384,
         temperature: float = 0.07,
@@ -69,14 +70,20 @@ class CRD(Learned):
         teacher_size: int | None = None,
     ) -> None:
         super().__init__()
-        check_positive(self, samples=samples, dim=dim, negatives=negatives, temperature=temperature)
+        check_positive(self, dim=dim, negatives=negatives, temperature=temperature)
+        if samples is not None:
+            check_positive(self, samples=samples)
         if not 0 <= momentum < 1:
             raise ValueError(f"CRD: momentum must be in [0, 1), got {momentum}")
-        self.samples, self.dim, self.negatives = samples, dim, negatives
+        self.samples, self.dim, self.negatives = samples or 0, dim, negatives
         self.temperature, self.momentum = temperature, momentum
         self.size(student_size, teacher_size)
 
     def build(self, student_size: int, teacher_size: int) -> None:
+        if not self.samples:
+            raise ValueError(
+                "CRD: samples is missing; give the number of training images, each has a row in the memory"
+            )
         self.embed_student = nn.Linear(student_size, self.dim)
         self.embed_teacher = nn.Linear(teacher_size, self.dim)
         bound = (3 / self.dim) ** 0.5

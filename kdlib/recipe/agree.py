@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import timm
 from timm.optim import list_optimizers
@@ -71,15 +72,33 @@ def _terms(recipe: Recipe) -> Iterator[tuple[Key, str]]:
             yield (*key, "until"), f"ends before it starts (start {term.start}, until {term.until})"
         if (term.student or "").startswith("@") and term.student != "@output":
             yield (*key, "student"), f"the student's answer is '@output', and it has no other @ (got {term.student!r})"
-        needs = getattr(LOSSES.get(term.loss.name), "against", ("teacher",))
-        if unmet := [need for need in needs if need not in ("teacher", "labels")]:
-            yield (
-                (*key, "loss"),
-                f"{term.loss.name} needs {unmet[0]}, which the data of a recipe do not give; "
-                "use it in a loop of your own",
-            )
+        yield from (((*key, "loss"), wrong) for wrong in _mixed(term.loss.whole, recipe))
         if wrong := _whom(term, recipe):
             yield (*key, "teacher"), wrong
+
+
+def _mixed(loss: dict[str, Any], recipe: Recipe) -> Iterator[str]:
+    """Losses, held ones too, that cannot do with the mixed images that the recipe trains on."""
+    augment = recipe.data.get("augment")
+    given = augment if isinstance(augment, dict) else {}
+    on = [name for name in ("mixup", "cutmix") if isinstance(alpha := given.get(name), int | float) and alpha > 0]
+    if not on:
+        return
+    for name, part in _named(loss):
+        needs = getattr(part, "against", ())
+        if "indices" in needs:
+            yield f"{name} remembers each image by itself, and {on[0]} mixes two; set data.augment.{on[0]}=0"
+        elif "labels" in needs and not getattr(part, "soft_labels", False):
+            yield f"{name} needs one class an image, and {on[0]} mixes two; set data.augment.{on[0]}=0"
+
+
+def _named(loss: dict[str, Any]) -> Iterator[tuple[str, type[nn.Module]]]:
+    """(name, class) of a loss and of those that it holds."""
+    if isinstance(name := loss.get("name"), str) and name in LOSSES:
+        yield name, LOSSES[name]
+    for value in loss.values():
+        if isinstance(value, dict):
+            yield from _named(value)
 
 
 def _whom(term: Term, recipe: Recipe) -> str | None:

@@ -123,15 +123,19 @@ def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-def build_terms(recipe: Recipe, student: nn.Module, panel: nn.Module) -> list[terms.Term]:
+def build_terms(recipe: Recipe, student: nn.Module, panel: nn.Module, images: int) -> list[terms.Term]:
     """The terms of a recipe, their patterns turned into pairs of taps.
 
+    Args:
+        images: how many there are to train on.
+
     Raises:
-        ConfigError: a pattern that finds nothing, or groups that do not match.
+        ConfigError: a pattern that finds nothing, groups that do not match, or a memory of another number of images.
     """
     built = []
     for name, spec in recipe.terms.items():
         loss = spec.loss.build()
+        _size_memory(loss, images, f"terms.{name}.loss")
         try:
             pairs = _pairs(spec, loss, student, panel, list(recipe.teachers))
         except ValueError as error:
@@ -146,6 +150,19 @@ def build_terms(recipe: Recipe, student: nn.Module, panel: nn.Module) -> list[te
             )
         )
     return built
+
+
+def _size_memory(loss: nn.Module, images: int, where: str) -> None:
+    """Tells losses that remember each training image how many there are.
+
+    Raises:
+        ConfigError: the recipe says another number.
+    """
+    for part in loss.modules():
+        if "indices" in getattr(part, "against", ()):
+            if (told := getattr(part, "samples", 0)) not in (0, images):
+                raise ConfigError([f"{where}.samples: the data train on {images} images (got {told}); leave it out"])
+            part.samples = images  # type: ignore[assignment]
 
 
 def _pairs(spec: Term, loss: nn.Module, student: nn.Module, panel: nn.Module, members: list[str]) -> tuple[Pair, ...]:
