@@ -1,0 +1,94 @@
+"""The command line of a study."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from time import perf_counter
+
+import torch
+
+from .. import checkpoint
+from ..config import ConfigError, is_assignment
+from ..launch import FAILED, STOPPED, WRONG_INPUT
+from ..progress import console, say
+from . import show
+from .rows import choose, load_study, recipes
+from .run import Train, run
+
+
+def main(train: Train, studies: Path, scales: Path, arguments: Sequence[str] | None = None) -> int:
+    """``STUDY --data SCALE --seeds N [--rows …] [--jobs N] [--out FOLDER] [key=value …]``; returns the exit code.
+
+    Args:
+        train: trains one recipe; each worker process imports it.
+        studies: the folder of the studies that are known by name.
+        scales: the folder of the scales: data, models, epochs.
+    """
+    given, rest = _parser(studies, scales).parse_known_args(arguments)
+    began = perf_counter()
+    try:
+        for argument in rest:
+            if not is_assignment(argument):
+                raise ConfigError([f"command line: unknown argument {argument}; values are written key=value"])
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise ConfigError(["launch: a study shares one device between its runs; start one process and give --jobs"])
+        study = load_study(_file(given.study, studies, "study"))
+        study = choose(study, given.rows) if given.rows else study
+        folder = given.out or Path("runs") / "studies" / f"{Path(given.study).stem}-{Path(given.data).stem}"
+        planned = recipes(study, _file(given.data, scales, "--data"), given.seeds, folder, rest)
+        results = run(study, planned, train, given.jobs)
+    except ConfigError as error:
+        print("\n".join(error.lines), file=sys.stderr)
+        return WRONG_INPUT
+    except KeyboardInterrupt:
+        say("\nstopped; what is finished is kept. The same command goes on")
+        return STOPPED
+    if results.top1:
+        about = {
+            "command": " ".join(["recipes/riformer/study.py", *(sys.argv[1:] if arguments is None else arguments)]),
+            "seconds": perf_counter() - began,
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores",
+            "torch": torch.__version__,
+            "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        }
+        checkpoint.write_json(folder / "study.json", about | show.plain(results))
+        show.plot(results, folder / "study.png")
+        console.print(show.table(results))
+        say(f"{perf_counter() - began:.0f} s; all in {folder}/ (study.json, study.png)")
+    for name, reason in results.failed.items():
+        print(f"{name}: {reason}", file=sys.stderr)
+    return FAILED if results.failed else 0
+
+
+def _parser(studies: Path, scales: Path) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Runs rows of a study over seeds and compares them, seed by seed.")
+    known = ", ".join(sorted(path.stem for path in studies.glob("*.yaml")))
+    parser.add_argument("study", help=f"a name ({known}) or a YAML file")
+    known = ", ".join(sorted(path.stem for path in scales.glob("*.yaml")))
+    parser.add_argument("--data", required=True, help=f"the scale: a name ({known}) or a YAML file")
+    parser.add_argument("--seeds", type=_count, default=3, help="seeds 0 … N-1 (default 3)")
+    parser.add_argument("--rows", nargs="+", metavar="ROW", help="only these rows, and what they are compared with")
+    parser.add_argument("--jobs", type=_count, default=1, help="runs at a time on this device (default 1)")
+    parser.add_argument("--out", type=Path, help="folder of all runs (default runs/studies/STUDY-SCALE)")
+    return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 1 (got {text!r})")
+    return int(text)
+
+
+def _file(name: str, folder: Path, what: str) -> Path:
+    """A YAML file by its path, or by its name in ``folder``."""
+    if name.endswith((".yaml", ".yml")):
+        return Path(name)
+    if not (found := folder / f"{name}.yaml").exists():
+        known = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
+        raise ConfigError([f"command line: {what}: no {name!r} (known: {known}); or give a YAML file"])
+    return found

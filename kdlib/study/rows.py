@@ -1,0 +1,109 @@
+"""What a study compares: rows, each a few configs and settings, and the recipe that each becomes for a seed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from ..config import ConfigError, is_assignment, read, read_file
+from ..recipe import Recipe, load
+
+Key = tuple[str, int]
+"""(row, seed)"""
+KEYS = ("title", "against", "gap", "rows")
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is compared. Each row is a list of config files and ``key=value`` settings, laid over the scale in order."""
+
+    title: str
+    rows: dict[str, list[str]]
+    against: dict[str, str]
+    """Row to the row that it is compared with, seed by seed."""
+    gap: tuple[str, str] | None = None
+    """The rows or teachers (as ``teacher wide``) between which a row's gain is measured: 0 and 100 %."""
+
+
+def load_study(path: Path) -> Study:
+    """A study from YAML: ``rows: {name: [config.yaml, key=value, …]}``, files beside the study's own.
+
+    Raises:
+        ConfigError: a file or key that is not as expected.
+    """
+    data, _ = read_file(path)
+
+    def wrong(key: str, what: str) -> ConfigError:
+        return ConfigError([f"{path}: {key}: {what}"])
+
+    for key in data:
+        if key not in KEYS:
+            raise wrong(key, f"unknown key (known: {', '.join(KEYS)})")
+    rows = data.get("rows")
+    if not isinstance(rows, dict) or not rows:
+        raise wrong("rows", f"expected a mapping of names to lists of configs and settings (got {rows!r})")
+    for name, parts in rows.items():
+        if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
+            raise wrong(f"rows.{name}", f"expected a list of config files and key=value settings (got {parts!r})")
+    against = data.get("against", next(iter(rows)))
+    compared = against if isinstance(against, dict) else dict.fromkeys(rows, against)
+    for name in [*compared, *compared.values()]:
+        if name not in rows:
+            raise wrong("against", f"no row {name!r}{_near(name, rows)} (known: {', '.join(rows)})")
+    gap = data.get("gap")
+    if gap is not None and not (isinstance(gap, list) and len(gap) == 2):
+        raise wrong("gap", f"expected two names, [from, to] (got {gap!r})")
+    return Study(
+        str(data.get("title", path.stem)),
+        {name: [_beside(path, part) for part in parts] for name, parts in rows.items()},
+        {name: other for name, other in compared.items() if name != other},
+        None if gap is None else (str(gap[0]), str(gap[1])),
+    )
+
+
+def _near(name: Any, known: Sequence[str] | Mapping[str, Any]) -> str:
+    near = get_close_matches(str(name), list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _beside(path: Path, part: str) -> str:
+    return part if is_assignment(part) else str(path.parent / part)
+
+
+def choose(study: Study, only: Sequence[str]) -> Study:
+    """The study with some of its rows, and those that they are compared with.
+
+    Raises:
+        ConfigError: a name that is no row.
+    """
+    for name in only:
+        if name not in study.rows:
+            raise ConfigError([f"--rows: no row {name!r}{_near(name, study.rows)} (known: {', '.join(study.rows)})"])
+    kept = {name for row in only for name in (row, study.against.get(row, row))}
+    rows = {name: parts for name, parts in study.rows.items() if name in kept}
+    return Study(study.title, rows, {a: b for a, b in study.against.items() if a in kept and b in kept}, study.gap)
+
+
+def recipes(study: Study, scale: Path, seeds: int, folder: Path, more: Sequence[str]) -> dict[Key, Recipe]:
+    """The recipe of each row and seed; all lie in one folder, so that equal teachers are trained once.
+
+    Raises:
+        ConfigError: a row that is no recipe; its name stands in front.
+    """
+    found = {}
+    for name, parts in study.rows.items():
+        for seed in range(seeds):
+            own = [f"seed={seed}", "baseline=null", f"output={folder / f'{_slug(name)}-{seed}'}"]
+            try:
+                found[name, seed] = load(read([str(scale), *parts, *more, *own]))
+            except ConfigError as error:
+                raise ConfigError(f"row {name!r}: {line}" for line in error.lines) from None
+    return found
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-")

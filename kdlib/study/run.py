@@ -1,0 +1,137 @@
+"""Runs a study: teachers shared, several runs at a time, resumable row by row; gathers what it came to."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .. import runfolder
+from ..progress import bar, say
+from ..recipe import Recipe, load_children
+from .paired import Mean, difference, mean
+from .rows import Key, Study
+
+Train = Callable[[Recipe], dict[str, float]]
+"""Trains a recipe, or goes on with it, and gives its last evaluation; a function that other processes can import."""
+
+
+@dataclass
+class Results:
+    """What a study came to so far."""
+
+    study: Study
+    top1: dict[str, dict[int, float]] = field(default_factory=dict)
+    """Row to seed to percent, teachers among them as ``teacher NAME MODEL``."""
+    failed: dict[str, str] = field(default_factory=dict)
+    """Run to what went wrong."""
+
+    def summary(self) -> Iterator[tuple[str, Mean, Mean | None, float | None]]:
+        """(row, mean, its difference from the row it is compared with, share of the gap closed)."""
+        low, high = (self._named(name) for name in self.study.gap or ("", ""))
+        for name, values in self.top1.items():
+            other = self.top1.get(self.study.against.get(name, ""))
+            seeds = sorted(set(values) & set(low or {}) & set(high or {}))
+            share = None
+            if low and high and seeds:
+                gained = mean([values[seed] - low[seed] for seed in seeds]).mean
+                share = gained / mean([high[seed] - low[seed] for seed in seeds]).mean
+            yield name, mean(list(values.values())), difference(values, other) if other else None, share
+
+    def _named(self, name: str) -> dict[int, float] | None:
+        """A row by its name, or the only teacher whose name begins so."""
+        found = [values for row, values in self.top1.items() if row == name or row.startswith(f"{name} ")]
+        return self.top1.get(name) or (found[0] if name and found else None)
+
+
+def run(study: Study, planned: Mapping[Key, Recipe], train: Train, jobs: int) -> Results:
+    """Trains what is not finished yet, teachers first, ``jobs`` runs at a time, and gathers the results.
+
+    A run that fails is told and the others go on. Stopped and started again, the study reads the finished runs back
+    and the others go on from their last checkpoints.
+
+    Raises:
+        ConfigError: a folder that holds another run.
+    """
+    waves = _waves(planned)
+    total = sum(map(len, waves))
+    results = Results(study)
+    done: dict[Path, dict[str, float]] = {}
+    with bar(study.title, total) as shown, _pool(jobs) as pool:
+        for wave in waves:
+            for path, result in _wave(wave, train, pool, results.failed):
+                done[path] = result
+                shown.say(f"{path.name} {result['top1']:.2f} %" if result else f"{path.name} failed")
+                shown.advance()
+    found = {
+        (f"teacher {member} {child.student.name}", seed): child
+        for (_, seed), recipe in planned.items()
+        for member, child in _children(recipe).items()
+    }
+    for (name, seed), recipe in (found | dict(planned)).items():
+        if done.get(recipe.output):
+            results.top1.setdefault(name, {})[seed] = done[recipe.output]["top1"]
+    return results
+
+
+def _pool(jobs: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"))
+
+
+def _children(recipe: Recipe) -> dict[str, Recipe]:
+    """The recipes of the teachers that are trained first, by name, with the folders that they will have."""
+    return {str(at[1]): runfolder.beside(child, recipe) for at, child in load_children(recipe).items() if len(at) > 1}
+
+
+def _waves(planned: Mapping[Key, Recipe]) -> list[dict[Path, Recipe]]:
+    """All runs, by folder, in waves: each wave needs only the ones before it."""
+    depth: dict[Path, int] = {}
+    found: dict[Path, Recipe] = {}
+
+    def visit(recipe: Recipe) -> int:
+        below = [visit(child) for child in _children(recipe).values()]
+        depth[recipe.output], found[recipe.output] = 1 + max(below, default=-1), recipe
+        return depth[recipe.output]
+
+    for recipe in planned.values():
+        visit(recipe)
+    return [{p: found[p] for p in found if depth[p] == level} for level in range(max(depth.values(), default=-1) + 1)]
+
+
+def _wave(
+    wave: Mapping[Path, Recipe], train: Train, pool: ProcessPoolExecutor, failed: dict[str, str]
+) -> Iterator[tuple[Path, dict[str, float]]]:
+    """Runs of which none needs another, as they finish; an empty result for one that failed."""
+    running: dict[Future[dict[str, float]], Path] = {}
+    for path, recipe in wave.items():
+        if (result := _finished(recipe)) is not None:
+            yield path, result
+        else:
+            running[pool.submit(train, recipe)] = path
+    try:
+        for future in as_completed(running):
+            path = running[future]
+            try:
+                yield path, future.result()
+            except Exception as error:  # a run may fail in any way; the others are worth their time all the same
+                failed[path.name] = " ".join(str(error).split())[:300] or type(error).__name__
+                say(f"{path.name}: {failed[path.name]}")
+                yield path, {}
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+
+
+def _finished(recipe: Recipe) -> dict[str, float] | None:
+    """The last evaluation of a run that is finished, without building anything."""
+    runfolder.check_free(recipe)
+    file = recipe.output / runfolder.SUMMARY
+    if not file.exists():
+        return None
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8"))["result"])
+    except (ValueError, KeyError, TypeError):
+        return None  # the run itself will say what is wrong with it

@@ -1,0 +1,87 @@
+"""What a study came to: a table for a terminal, a plot, and all numbers as plain data."""
+
+from __future__ import annotations
+
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from .paired import Mean
+from .run import Results
+
+
+def table(results: Results) -> Table:
+    """Mean ± standard deviation of each row, its paired difference with a 95 % interval, its share of the gap."""
+    built = Table(title=results.study.title, title_justify="left", title_style="bold")
+    built.add_column("row", overflow="fold")
+    for name in ("top-1 %", "difference", "95 % interval", "of gap", "seeds"):
+        built.add_column(name, justify="right", no_wrap=True)
+    built.add_column("compared with", overflow="fold")
+    for name, own, gain, share in results.summary():
+        sd = f" ± {own.sd:.2f}" if own.n > 1 else ""
+        built.add_row(
+            name,
+            f"{own.mean:.2f}{sd}",
+            "" if gain is None else f"{gain.mean:+.2f}",
+            _interval(gain),
+            "" if share is None else f"{100 * share:.0f} %",
+            str(own.n),
+            "" if gain is None else results.study.against[name],
+        )
+    return built
+
+
+def _interval(gain: Mean | None) -> str:
+    if gain is None or not isfinite(gain.half):
+        return ""
+    return f"{gain.mean - gain.half:+.2f} … {gain.mean + gain.half:+.2f}"
+
+
+def plain(results: Results) -> dict[str, Any]:
+    """All numbers, as JSON can say them."""
+    return {
+        "title": results.study.title,
+        "against": results.study.against,
+        "gap": results.study.gap,
+        "top1": {name: {str(seed): value for seed, value in sorted(v.items())} for name, v in results.top1.items()},
+        "summary": {
+            name: {
+                **_plain(own),
+                "difference": None if gain is None else _plain(gain),
+                "gap_closed": share,
+            }
+            for name, own, gain, share in results.summary()
+        },
+        "failed": results.failed,
+    }
+
+
+def _plain(value: Mean) -> dict[str, Any]:
+    return {key: number if isfinite(number) else None for key, number in value._asdict().items()}
+
+
+def plot(results: Results, path: Path) -> None:
+    """Each row's seeds as dots, its mean and the mean's 95 % interval as a bar, as a PNG."""
+    import matplotlib  # here, since importing it takes longer than everything else
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    found = list(results.summary())
+    figure, axis = pyplot.subplots(figsize=(8, 1.2 + 0.34 * len(found)), layout="constrained")
+    for place, (name, own, _, _) in enumerate(found):
+        color = "C7" if name.startswith("teacher ") else "C0"
+        values = list(results.top1[name].values())
+        axis.plot(values, [place] * len(values), ".", color=color, alpha=0.45, markersize=7, markeredgewidth=0)
+        half = own.half if isfinite(own.half) else 0.0
+        axis.errorbar(own.mean, place, xerr=half, fmt="|", color=color, capsize=3, markersize=11, linewidth=1.4)
+    axis.set_yticks(range(len(found)), [name for name, *_ in found])
+    axis.invert_yaxis()
+    axis.set(xlabel="test top-1 (%): seeds, mean, 95 % interval of the mean", title=results.study.title)
+    axis.grid(axis="x", alpha=0.25)
+    axis.spines[["top", "right", "left"]].set_visible(False)
+    axis.tick_params(axis="y", length=0)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)

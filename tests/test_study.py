@@ -1,0 +1,211 @@
+"""Studies: rows over seeds, shared teachers, going on after a stop, and the statistics of the table."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from matplotlib import image
+
+from kdlib.config import ConfigError
+from kdlib.study import main, show
+from kdlib.study.paired import T975, difference, mean
+from kdlib.study.rows import Study, choose, load_study, recipes
+from kdlib.study.run import Results, run
+
+SCRIPT = ROOT / "recipes" / "riformer" / "study.py"
+SCALE = """
+student: {name: riformer_nano, init: twin}
+teachers: {twin: {name: metaformer_pool_nano, recipe: {terms: {label: {loss: cross_entropy}}, epochs: 1}}}
+terms: {soft: {loss: soft_target}}
+data: {name: fashion-mnist-5k, limit: 256, batch_size: 64}
+epochs: 1
+threads: 1
+"""
+STUDY = """
+title: a small ladder
+against: {both: soft}
+gap: [soft, teacher twin]
+rows:
+  soft: []
+  both: [terms.label.loss=cross_entropy]
+"""
+
+
+def test_a_mean_is_the_one_worked_out_by_hand() -> None:
+    # 1, 2, 4, 5, 8: mean 4, squares of deviations 9 + 4 + 0 + 1 + 16 = 30, variance 30 / 4
+    found = mean([1, 2, 4, 5, 8])
+    assert found.mean == 4 and found.n == 5
+    assert found.sd == pytest.approx(math.sqrt(7.5))
+    assert found.half == pytest.approx(2.776 * math.sqrt(7.5 / 5))
+
+
+def test_differences_are_paired_by_seed() -> None:
+    ours, theirs = {0: 10.0, 1: 20.0, 2: 30.0, 7: 99.0}, {2: 29.0, 1: 18.0, 0: 10.5}
+    found = difference(ours, theirs)  # -0.5, 2, 1: mean 2.5 / 3
+    assert found is not None and found.n == 3
+    assert found.mean == pytest.approx(2.5 / 3)
+    spread = sum((x - 2.5 / 3) ** 2 for x in (-0.5, 2, 1))
+    assert found.half == pytest.approx(4.303 * math.sqrt(spread / 2 / 3))
+    assert difference({0: 1.0}, {1: 1.0}) is None
+
+
+def test_one_seed_has_no_interval_and_none_is_an_error() -> None:
+    assert mean([3.0]).half == math.inf and math.isnan(mean([3.0]).sd)
+    for count in (0, 32):
+        with pytest.raises(ValueError, match=rf"1 to 31 values \(got {count}\)"):
+            mean([1.0] * count)
+
+
+@pytest.mark.parametrize("freedom", [1, 2, 5, 17, 30])
+def test_the_quantiles_are_students(freedom: int) -> None:
+    """The density integrated by Simpson's rule from 0 to the quantile is 0.475."""
+    factor = math.gamma((freedom + 1) / 2) / (math.sqrt(freedom * math.pi) * math.gamma(freedom / 2))
+    steps, end = 20_000, T975[freedom - 1]
+    total = sum(
+        (1 if i in (0, steps) else 4 if i % 2 else 2) * (1 + (end * i / steps) ** 2 / freedom) ** (-(freedom + 1) / 2)
+        for i in range(steps + 1)
+    )
+    assert factor * total * end / steps / 3 == pytest.approx(0.475, abs=2e-5)
+
+
+def results() -> Results:
+    study = Study("demo", {"a": [], "b": []}, {"b": "a"}, ("a", "teacher wide"))
+    top1 = {"teacher wide net": {0: 90.0, 1: 92.0}, "a": {0: 80.0, 1: 82.0}, "b": {0: 85.0, 1: 88.0}}
+    return Results(study, top1)
+
+
+def test_the_share_of_the_gap_and_the_difference() -> None:
+    rows = {name: (own, gain, share) for name, own, gain, share in results().summary()}
+    assert rows["teacher wide net"][2] == pytest.approx(1.0) and rows["a"][2] == pytest.approx(0.0)
+    own, gain, share = rows["b"]
+    assert own.mean == 86.5 and gain is not None and gain.mean == 5.5
+    assert share == pytest.approx(5.5 / 10)
+    assert rows["a"][1] is None
+    plain = json.loads(json.dumps(show.plain(results()), allow_nan=False))
+    assert plain["summary"]["b"]["difference"]["mean"] == 5.5 and plain["top1"]["b"] == {"0": 85.0, "1": 88.0}
+
+
+def test_the_plot_shows_every_row(tmp_path: Path) -> None:
+    show.plot(results(), tmp_path / "study.png")
+    pixels = image.imread(tmp_path / "study.png")[..., :3]
+    colours = {tuple(round(float(c), 1) for c in pixel) for row in pixels for pixel in row}
+    assert (0.1, 0.5, 0.7) in colours and (0.5, 0.5, 0.5) in colours  # rows blue, teachers grey
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("rows: {a: []}\nrow: 3", "row: unknown key (known: title, against, gap, rows)"),
+        ("title: x", "rows: expected a mapping"),
+        ("rows: {a: soft.yaml}", "rows.a: expected a list of config files and key=value settings (got 'soft.yaml')"),
+        ("rows: {soft: []}\nagainst: sofd", "against: no row 'sofd'; did you mean 'soft'?"),
+        ("rows: {a: []}\ngap: a", "gap: expected two names, [from, to] (got 'a')"),
+    ],
+)
+def test_a_wrong_study_is_one_line(tmp_path: Path, text: str, what: str) -> None:
+    (tmp_path / "s.yaml").write_text(text)
+    with pytest.raises(ConfigError) as error:
+        load_study(tmp_path / "s.yaml")
+    assert len(error.value.lines) == 1 and what in error.value.lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        (["ladr", "--data", "scale"], "study: no 'ladr' (known: ladder)"),
+        (["ladder", "--data", "imagnet"], "--data: no 'imagnet' (known: scale)"),
+        (["ladder", "--data", "scale", "--rows", "sof"], "--rows: no row 'sof'; did you mean 'soft'?"),
+        (["ladder", "--data", "scale", "--frobnicate"], "unknown argument --frobnicate"),
+        (["ladder", "--data", "scale", "epoch=3"], "row 'soft': command line: epoch: unknown key"),
+    ],
+)
+def test_a_wrong_command_is_one_line(
+    tmp_path: Path, arguments: list[str], what: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from recipes.riformer import model  # noqa: F401  registers riformer_nano
+
+    (tmp_path / "scale.yaml").write_text(SCALE)
+    (tmp_path / "studies").mkdir()
+    (tmp_path / "studies" / "ladder.yaml").write_text(STUDY)
+    assert main(dict, tmp_path / "studies", tmp_path, [*arguments, "--out", str(tmp_path / "out")]) == 2
+    assert what in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_are_chosen_with_what_they_are_compared_with(tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text(STUDY)
+    study = load_study(tmp_path / "s.yaml")
+    assert list(choose(study, ["both"]).rows) == ["soft", "both"]
+    assert list(choose(study, ["soft"]).rows) == ["soft"]
+
+
+def _noted(recipe):  # in a worker process: what was trained, in which order, shows in the folder
+    recipe.output.mkdir(parents=True, exist_ok=True)
+    (recipe.output / "log").open("a").write("x")
+    if "fails" in recipe.output.name:
+        raise RuntimeError("no luck")
+    return {"top1": 50.0 + recipe.seed}
+
+
+def test_equal_teachers_are_trained_once_and_a_failure_stops_no_one(tmp_path: Path) -> None:
+    from recipes.riformer import model  # noqa: F401
+
+    (tmp_path / "scale.yaml").write_text(SCALE)
+    study = Study("s", {"soft": [], "fails": [], "both": ["epochs=2"]}, {})
+    planned = recipes(study, tmp_path / "scale.yaml", 2, tmp_path / "out", [])
+    found = run(study, planned, _noted, jobs=2)
+    trained = sorted(path.parent.name for path in (tmp_path / "out").glob("*/log"))
+    assert len([name for name in trained if name.startswith("metaformer_pool_nano")]) == 2  # one a seed
+    assert all(path.read_text() == "x" for path in (tmp_path / "out").glob("*/log"))
+    assert found.top1 == {
+        "teacher twin metaformer_pool_nano": {0: 50.0, 1: 51.0},
+        "soft": {0: 50.0, 1: 51.0},
+        "both": {0: 50.0, 1: 51.0},
+    }
+    assert found.failed == {"fails-0": "no luck", "fails-1": "no luck"}
+
+
+def start(folder: Path) -> subprocess.Popen[str]:
+    given = [str(folder / "study.yaml"), "--data", str(folder / "scale.yaml"), "--seeds", "1", "--jobs", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, str(SCRIPT), *given, "--out", str(folder / "out")],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_killed_between_and_within_rows_it_goes_on_and_ends_the_same(tmp_path: Path) -> None:
+    (tmp_path / "scale.yaml").write_text(SCALE)
+    (tmp_path / "study.yaml").write_text(STUDY)
+    for awaited in ("out/metaformer_pool_nano-*/summary.json", "out/soft-*/metrics.jsonl"):
+        process = start(tmp_path)
+        until = time.monotonic() + 120
+        while not list(tmp_path.glob(awaited)):
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < until, f"no {awaited}"
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/metaformer_pool_nano-*/summary.json")}
+    stopped, _ = (process := start(tmp_path)).communicate(timeout=300)
+    assert process.returncode == 0, stopped
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept and kept  # finished rows are not run again
+    study = json.loads((tmp_path / "out" / "study.json").read_text())
+    assert set(study["top1"]) == {"teacher twin metaformer_pool_nano", "soft", "both"}
+    assert all(set(values) == {"0"} for values in study["top1"].values())
+    (tmp_path / "other").mkdir()
+    for name in ("scale.yaml", "study.yaml"):
+        (tmp_path / "other" / name).write_text((tmp_path / name).read_text())
+    whole, _ = (process := start(tmp_path / "other")).communicate(timeout=300)
+    assert process.returncode == 0, whole
+    assert json.loads((tmp_path / "other" / "out" / "study.json").read_text())["top1"] == study["top1"]
