@@ -50,6 +50,15 @@ def pair(student: nn.Module, teacher: nn.Module, pattern: str, teacher_pattern: 
     return tuple(pairs)
 
 
+def find(model: nn.Module, pattern: str) -> list[str]:
+    """The taps that a pattern finds, see ``pair``.
+
+    Raises:
+        ValueError: it finds nothing.
+    """
+    return [tap for group in _find(model, pattern).values() for tap in group]
+
+
 def _names(groups: dict[tuple[str, ...], list[str]]) -> list[str]:
     return [names[0] for names in groups.values()]
 

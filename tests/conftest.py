@@ -87,3 +87,23 @@ def images() -> Tensor:
 @pytest.fixture
 def labels() -> Tensor:
     return torch.tensor([0, 1, 2, 3])
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of RIFormer's first run, made small: 72 images of noise, one epoch of each model."""
+    from kdlib import launch
+    from recipes.riformer import run as riformer
+    from tests.test_runs import make_images
+
+    torch.set_num_threads(1)
+    place = tmp_path_factory.mktemp("small")
+    folder = place / "riformer"
+    data = f"{{name: folder, root: '{make_images(place / 'images')}', image_size: 28, batch_size: 16, workers: 0}}"
+    children = ("teachers.wide.recipe", "teachers.twin.recipe", "baseline")
+    changes = [f"{child}.schedule.warmup_epochs=0" for child in children]
+    changes += [f"{child}.epochs=1" for child in children[:2]]
+    changes += [f"data={data}", "data.eval_batch_size=24", "epochs=1", "threads=1", "schedule.warmup_epochs=0"]
+    default = ROOT / "recipes" / "riformer" / "configs" / "default.yaml"
+    assert launch.main(riformer.main, default, [*changes, f"output={folder}"]) == 0
+    return folder

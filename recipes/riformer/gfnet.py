@@ -269,7 +269,7 @@ SIZES = {
 
 def _entry(name: str, size: Size) -> Callable[..., nn.Module]:
     def build(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        refuse_pretrained(name, pretrained)
+        refuse_pretrained(name, pretrained and not kwargs.get("pretrained_cfg"))  # a folder or hub page has weights
         image_size = _pair(kwargs.pop("img_size", None) or kwargs.pop("image_size", size.image_size))
         overlay = kwargs.pop("pretrained_cfg_overlay", None) or {}
         overlay = {"input_size": (kwargs.get("in_chans", 3), *image_size)} | overlay
@@ -277,7 +277,7 @@ def _entry(name: str, size: Size) -> Callable[..., nn.Module]:
         return build_model_with_cfg(
             GFNetH,
             name,
-            False,
+            pretrained,
             image_size=image_size,
             pretrained_cfg_overlay=overlay,
             kwargs_filter=("img_size",),

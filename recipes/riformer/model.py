@@ -159,6 +159,11 @@ class MetaFormer(Backbone):
             return outputs
         return (self.norm(x) if is_final else x), outputs
 
+    def fused(self) -> "MetaFormer":
+        """The model as it runs at inference, which `kdlib export` asks for: `fuse(self, "full")`, or itself where there
+        is nothing to fold."""
+        return self if self.form == "full" or self.token_mixer == "pool" else fuse(self, "full")
+
 
 def _refuse_pool(token_mixer: str) -> None:
     if token_mixer == "pool":
@@ -242,11 +247,11 @@ def refuse_pretrained(name: str, pretrained: bool) -> None:
 
 def _entry(name: str, token_mixer: str, size: Size) -> Callable[..., nn.Module]:
     def build(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        refuse_pretrained(name, pretrained)
+        refuse_pretrained(name, pretrained and not kwargs.get("pretrained_cfg"))  # a folder or hub page has weights
         arch: dict[str, Any] = {"token_mixer": token_mixer, "depths": size.depths, "dims": size.dims}
         features = {"out_indices": tuple(range(len(size.depths))), "feature_cls": "getter"}
         arguments = arch | {"layer_scale_init": size.layer_scale_init} | kwargs
-        return build_model_with_cfg(MetaFormer, name, False, feature_cfg=features, **arguments)
+        return build_model_with_cfg(MetaFormer, name, pretrained, feature_cfg=features, **arguments)
 
     build.__name__ = build.__qualname__ = name
     build.__doc__ = f"MetaFormer({token_mixer!r}, {size.depths}, {size.dims}) for timm.create_model."

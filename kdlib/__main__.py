@@ -1,0 +1,7 @@
+"""``python -m kdlib`` is ``kdlib``."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

@@ -1,0 +1,132 @@
+"""Which layer of a teacher answers to which layer of a student, as their features say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .cka import cka_matrix
+from .pairing import Pair
+from .taps import Taps
+
+
+def blocks(model: nn.Module) -> list[str]:
+    """The taps of the model's blocks: what stands in a sequence, consists of parts, and holds no such thing itself.
+
+    Where a model has no sequences, its direct children that consist of parts.
+    """
+    found: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Sequential | nn.ModuleList):
+            found += [f"{name}.{n}".lstrip(".") for n, child in module.named_children() if _parts(child)]
+    innermost = [tap for tap in found if not any(other.startswith(f"{tap}.") for other in found)]
+    return innermost or [name for name, child in model.named_children() if _parts(child)]
+
+
+def _parts(module: nn.Module) -> bool:
+    """Whether it holds modules that are trained."""
+    return any(True for child in module.children() for _ in child.parameters())
+
+
+def alike(
+    student: nn.Module,
+    teacher: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    student_taps: Sequence[str],
+    teacher_taps: Sequence[str],
+) -> Tensor:
+    """CKA of every student tap with every teacher tap, ``(student taps, teacher taps)``, float64.
+
+    Args:
+        batches: the same images as each of both models takes them, at least four a batch.
+
+    Raises:
+        ValueError: a tap that does not exist, or too few images.
+        RuntimeError: a tap that never fires, fires twice or gives no tensor.
+    """
+    return cka_matrix((_features(student, a, student_taps), _features(teacher, b, teacher_taps)) for a, b in batches)
+
+
+@torch.no_grad()
+def _features(model: nn.Module, images: Tensor, names: Sequence[str]) -> list[Tensor]:
+    taps = Taps(model, names)
+    modes = {module: module.training for module in model.modules()}
+    try:
+        _, seen = taps.watch(model.eval(), images)
+    finally:
+        taps.remove()
+        for module, mode in modes.items():
+            module.training = mode
+    return [seen[name] for name in names]
+
+
+def suggest(likeness: Tensor) -> list[tuple[int, int]]:
+    """The pairs (row, column) with the largest sum, such that the deeper student layer has the deeper teacher layer.
+
+    As many pairs as the shorter side has layers, each layer in one pair at most. NaN counts as 0.
+    """
+    values = likeness.nan_to_num().tolist()
+    rows, columns = likeness.shape
+    if rows > columns:
+        return [(i, j) for j, i in suggest(likeness.T)]
+    best = [[0.0] * (columns + 1)]
+    for i in range(rows):  # best[i][j]: rows before i placed among columns before j
+        best.append([float("-inf")] * (columns + 1))
+        for j in range(i + 1, columns + 1):
+            best[i + 1][j] = max(best[i + 1][j - 1], best[i][j - 1] + values[i][j - 1])
+    pairs, j = [], columns
+    for i in reversed(range(rows)):
+        while j > i + 1 and best[i + 1][j - 1] >= best[i + 1][j]:
+            j -= 1
+        j -= 1
+        pairs.append((i, j))
+    return pairs[::-1]
+
+
+def as_yaml(pairs: Sequence[Pair], teacher: str = "teacher", adapter: bool = True) -> str:
+    """The pairs as terms of a recipe, a line each; ``teacher`` is its name there."""
+    extra = ", adapter: linear" if adapter else ""
+    names = [pair.student.replace(".", "_").replace(":", "_") for pair in pairs]
+    lines = [
+        f"  {name if name[0].isalpha() else f'tap_{name}'}: {{loss: feature_mse, student: {pair.student}, "
+        f"teacher: {teacher}.{pair.teacher}{extra}}}"
+        for name, pair in zip(names, pairs, strict=True)
+    ]
+    return "\n".join(["terms:", *lines])
+
+
+def draw(
+    likeness: Tensor,
+    student_taps: Sequence[str],
+    teacher_taps: Sequence[str],
+    chosen: Iterable[tuple[int, int]],
+    path: Path,
+) -> None:
+    """The matrix as a heat map in a PNG, the chosen pairs framed."""
+    import matplotlib  # here, since importing it takes longer than everything else
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.patches import Rectangle
+
+    rows, columns = likeness.shape
+    size = (2.6 + 0.34 * columns, 2.2 + 0.34 * rows)
+    figure, axis = pyplot.subplots(figsize=(max(size[0], 5.0), max(size[1], 4.0)), layout="constrained")
+    image = axis.imshow(likeness.clamp(0, 1).numpy(), vmin=0, vmax=1, cmap="magma", origin="lower")
+    for i, j in chosen:
+        axis.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, fill=False, edgecolor="#2ec4b6", linewidth=2))
+    axis.set_xticks(range(columns), teacher_taps, rotation=90, fontsize=8)
+    axis.set_yticks(range(rows), student_taps, fontsize=8)
+    axis.set(xlabel="teacher", ylabel="student", title="CKA (framed: suggested pairs)")
+    if rows * columns <= 400:
+        for i in range(rows):
+            for j in range(columns):
+                value = float(likeness[i, j])
+                axis.text(j, i, f"{value:.2f}"[1:] if 0 <= value < 0.995 else f"{value:.1f}", ha="center", va="center",
+                          fontsize=6, color="black" if value > 0.6 else "white")  # fmt: skip
+    figure.colorbar(image, ax=axis, shrink=0.7)
+    figure.savefig(path, dpi=140)
+    pyplot.close(figure)

@@ -1,0 +1,166 @@
+"""The command kdlib as people start it: help, one-line errors, exit codes, and what its verbs print."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+import recipes.riformer.model  # noqa: F401  registers the models
+from kdlib import cli
+from kdlib.recipe import json_schema
+
+
+class Answer:
+    """Exit code, and what was said on both streams."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+
+@pytest.fixture
+def ask(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Calls the command in this process, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def ask(*arguments: str) -> Answer:
+        capsys.readouterr()
+        return Answer(cli.main(arguments), *capsys.readouterr())
+
+    return ask
+
+
+def test_help_names_every_verb_and_every_verb_has_an_example(ask) -> None:
+    answer = ask("--help")
+    assert answer.code == 0 and all(f"\n  {verb} " in answer.out for verb in cli.VERBS)
+    files = {path.stem for path in (ROOT / "kdlib" / "cli").glob("*.py")} - {"__init__", "show", "options"}
+    assert files == set(cli.VERBS)
+    for verb in cli.VERBS:
+        told = ask(verb, "--help")
+        assert (
+            told.code == 0 and f"  kdlib {verb}" in told.out and "From Python: " in told.out and "--debug" in told.out
+        )
+    assert ask().code == 2 and ask("--version").out.strip() == "0.1.0"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["inspct"], "kdlib: no verb 'inspct' (known: inspect, "),
+        (["--versoin"], "kdlib: unrecognized arguments: --versoin; did you mean --version?"),
+        (["inspect"], "kdlib inspect: the following arguments are required: MODEL; see kdlib inspect --help"),
+        (["inspect", "resnet18", "--dept", "2"], "kdlib inspect: unrecognized arguments: --dept 2; did you mean --dep"),
+        (["inspect", "resnet18", "--depth", "two"], "kdlib inspect: argument --depth: invalid int value: 'two'"),
+        (["inspect", "resnet81"], "resnet81: no timm model, no file and no folder; did you mean 'resnet18'?"),
+        (["inspect", "resnet18", "--import", "nowhere"], "--import nowhere: cannot be imported (No module named "),
+        (["pairs", "resnet18", "resnet34", "--pattern", "layer9.*"], "pattern 'layer9.*' finds nothing at 'layer9'"),
+        (["pairs", "resnet18", "resnet18", "--images", "no"], "unknown data set 'no'"),
+        (["pairs", "resnet18", "resnet18", "--count", "3"], "--count: CKA needs at least 4 images, got 3"),
+        (["pairs", "resnet18", "resnet18", "--out", "no/p.png"], "--out: no folder "),
+    ],
+)  # fmt: skip
+def test_wrong_input_is_one_line_and_code_2(arguments: list[str], says: str, ask, tmp_path: Path) -> None:
+    answer = ask(*arguments)
+    assert answer.code == 2 and answer.err.startswith(says) and answer.err.count("\n") == 1, answer.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_debug_shows_where_an_error_came_from_and_ctrl_c_is_130(ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="no timm model"):
+        ask("inspect", "resnet81", "--debug")
+
+    def stop(options: object) -> None:
+        raise KeyboardInterrupt
+
+    def full(options: object) -> None:
+        raise OSError(28, "No space left on device", "x.png")
+
+    from kdlib.cli import schema
+
+    monkeypatch.setattr(schema, "run", stop)
+    assert ask("schema").code == 130
+    monkeypatch.setattr(schema, "run", full)
+    answer = ask("schema")
+    assert answer.code == 1 and "No space left on device: 'x.png'" in answer.err and answer.err.count("\n") == 1
+
+
+def test_inspect_prints_names_that_can_be_tapped(ask) -> None:
+    answer = ask("inspect", "riformer_s12", "--pattern", "stages.*.blocks.*.token_mixer", "--image-size", "64")
+    lines = answer.out.splitlines()
+    assert answer.code == 0 and lines[0].split() == ["tap", "module", "returns", "layout", "parameters", "FLOPs"]
+    assert lines[1].split() == ["stages.0.blocks.0.token_mixer", "Affine", "64×16×16", "NCHW", "128"]
+    assert len(lines) == 1 + 12 + 2 and "11,921,832 parameters" in lines[-1]
+    assert "\x1b" not in answer.out and ask("inspect", "resnet18", "--depth", "1", "--quiet").out == ""
+
+
+def test_pairs_with_a_pattern_prints_the_plan_of_a_run(ask, tmp_path: Path) -> None:
+    answer = ask(
+        "pairs", "riformer_nano", "{name: metaformer_pool_nano, dims: [32, 64]}", "--pattern", "stages.*.blocks.-1"
+    )
+    rows = [line.split() for line in answer.out.splitlines()]
+    assert rows[1] == [
+        "pairs",
+        "stages.0.blocks.1",
+        "stages.0.blocks.1",
+        "NCHW",
+        "49×48",
+        "→",
+        "49×32",
+        "Project",
+        "1,536",
+    ]
+    assert len(rows) == 3 and not list(tmp_path.iterdir())
+
+
+def test_pairs_with_images_draws_the_likeness_and_suggests(ask, tmp_path: Path) -> None:
+    (tmp_path / "photos" / "deep").mkdir(parents=True)
+    for i in range(9):
+        pixels = torch.randint(0, 255, (30, 40, 3), generator=torch.Generator().manual_seed(i), dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(tmp_path / "photos" / "deep" / f"{i}.png")
+    answer = ask("pairs", "riformer_nano", "metaformer_id_nano", "--images", "photos", "--count", "8", "--out", "a.png")
+    assert answer.code == 0, answer.err
+    assert "CKA over 8 images of photos: 4 × 4 layers, drawn in a.png" in answer.out
+    with Image.open(tmp_path / "a.png") as drawn:
+        assert drawn.size[0] > 400 and len(drawn.convert("RGB").getcolors(1 << 24)) > 50
+    lines = [line for line in answer.out.splitlines() if "{loss: feature_mse" in line]
+    assert len(lines) == 4
+    assert re.search(r"stages_1_blocks_1: .*student: stages.1.blocks.1, teacher: teacher.stages.1.blocks.1", lines[-1])
+    few = ask("pairs", "riformer_nano", "metaformer_id_nano", "--images", "photos", "--count", "20")
+    assert few.code == 2 and "photos: holds 9 image files, 20 are asked for" in few.err
+    (tmp_path / "photos" / "0.png").write_bytes(b"junk")
+    broken = ask("pairs", "riformer_nano", "metaformer_id_nano", "--images", "photos", "--count", "8")
+    assert broken.code == 2 and "photos/0.png: cannot be read as an image" in broken.err
+
+
+def test_pairs_takes_the_embedded_images_by_default(ask, tmp_path: Path) -> None:
+    answer = ask("pairs", "riformer_nano", "metaformer_id_nano", "--count", "16")
+    assert answer.code == 0 and "16 images of fashion-mnist-5k" in answer.out and (tmp_path / "pairs.png").exists()
+
+
+def test_the_schema_that_is_shipped_is_the_schema(ask) -> None:
+    shipped = ROOT / "kdlib" / "recipe" / "schema.json"
+    assert json.loads(shipped.read_text()) == json.loads(json.dumps(json_schema())), "python -m kdlib schema > it"
+    assert ask("schema").out == shipped.read_text()
+
+
+def test_the_command_starts_as_a_module_and_imports_a_recipe_from_the_working_directory() -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "kdlib",
+        "inspect",
+        "gfnet_h_nano",
+        "--import",
+        "recipes.riformer.run",
+        "--depth",
+        "1",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120, check=False)
+    assert done.returncode == 0 and "gfnet_h_nano: " in done.stdout, done.stderr
