@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from .config import ConfigError, Document, is_assignment, read
+from .config import COMMAND_LINE, ConfigError, Document, is_assignment, read
+from .dryrun import dry_run
 from .progress import console
 from .recipe import Recipe, json_schema, load
+from .recipe.weights import Convert
 from .runfolder import resolved
 from .usage import usage
 from .yaml12 import dump
 
-FLAGS = ("--help", "-h", "--print-config", "--schema", "--debug")
+FLAGS = ("--help", "-h", "--print-config", "--schema", "--dry-run", "--debug")
 WRONG_INPUT, FAILED, STOPPED = 2, 1, 130
 
 
-def main(body: Callable[[Recipe], None], default: Path, arguments: Sequence[str] | None = None) -> int:
+def main(
+    body: Callable[[Recipe], None],
+    default: Path,
+    arguments: Sequence[str] | None = None,
+    convert: Convert | None = None,
+) -> int:
     """Runs ``body`` with the recipe of the command line ``[CONFIG…] [key=value …]``; returns the exit code.
 
     0 is done, 2 is a config or an input that is wrong, 1 a disk or a file system that failed (one line each on stderr),
-    130 is Ctrl-C. ``default`` is read where no CONFIG is given. With ``--debug`` an error comes through as it is.
+    130 is Ctrl-C. ``default`` is read where no CONFIG is given. With ``--debug`` an error comes through as it is, with
+    ``--dry-run`` the plan of the run is printed instead of made; ``convert`` is what ``runs.run`` is given.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     flags = {flag for flag in arguments if flag in FLAGS}
@@ -36,12 +45,18 @@ def main(body: Callable[[Recipe], None], default: Path, arguments: Sequence[str]
             return 0
         files = [argument for argument in rest if not is_assignment(argument) and not argument.startswith("-")]
         document = read(rest if files else [str(default), *rest])
+        if files and "output" not in document.data:
+            document.overlay({"output": f"runs/{'-'.join(Path(file).stem for file in files)}"}, COMMAND_LINE)
         recipe = load(document)
         if "--print-config" in flags:
             print(dump(resolved(recipe)), end="")
             return 0
         try:
-            body(recipe)
+            if "--dry-run" in flags:
+                if os.environ.get("RANK", "0") == "0":
+                    print(dry_run(recipe, convert))
+            else:
+                body(recipe)
         except ConfigError as error:
             raise ConfigError(_with_origin(error.lines, document)) from error
     except Exception as error:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
+from typing import Protocol
 
 import torch
 from accelerate import Accelerator
@@ -92,6 +93,17 @@ class Ready:
     baseline: Ready | None = None
 
 
+class Seat(Protocol):
+    """What checking a run must know of an ``Accelerator``."""
+
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def process_index(self) -> int: ...
+    @property
+    def num_processes(self) -> int: ...
+
+
 def run(
     recipe: Recipe,
     accelerator: Accelerator | None = None,
@@ -116,7 +128,7 @@ def run(
 
 def get_ready(
     recipe: Recipe,
-    accelerator: Accelerator,
+    accelerator: Seat,
     convert: weights.Convert | None = None,
     title: str = "student",
     parent: Ready | None = None,
@@ -124,6 +136,7 @@ def get_ready(
     """Builds and checks everything that a run and its children need; writes nothing.
 
     Args:
+        accelerator: on the meta device nothing has values: neither data nor files of weights need be there.
         parent: the run that needs this one; its data are shared where they are the same.
 
     Raises:
@@ -134,20 +147,39 @@ def get_ready(
         data, images = parent.data, parent.images
     else:
         data = build.open_data(recipe, accelerator.device, accelerator.process_index, accelerator.num_processes)
-        try:
-            images = next(data.train.epoch(0))[0][:2].cpu()
-        except ValueError as error:
-            raise ConfigError([f"data: {error}"]) from None
+        images = _first_images(data, accelerator.device)
     if recipe.accumulate > len(data.train):
         raise ConfigError([f"accumulate: an epoch has {len(data.train)} batches (got {recipe.accumulate}); lower it"])
     set_seed(recipe.seed)
+    with torch.device(images.device):
+        ready = _build(recipe, title, data, images, convert)
+    for at, child in load_children(recipe).items():
+        child = runfolder.beside(child, recipe)
+        with _inside(".".join(map(str, at))):
+            if at == ("baseline",):
+                ready.baseline = get_ready(child, accelerator, convert, "baseline", ready)
+            else:
+                ready.teachers[str(at[1])] = get_ready(child, accelerator, convert, f"teacher {at[1]}", ready)
+    return ready
+
+
+def _first_images(data: Data, device: torch.device) -> Tensor:
+    """Two training images for dry runs, on the CPU, or as mere shapes on the meta device."""
+    if device.type == "meta":
+        return torch.empty(2, data.channels, data.image_size, data.image_size, device=device)
+    try:
+        return next(data.train.epoch(0))[0][:2].cpu()
+    except ValueError as error:
+        raise ConfigError([f"data: {error}"]) from None
+
+
+def _build(recipe: Recipe, title: str, data: Data, images: Tensor, convert: weights.Convert | None) -> Ready:
+    """The models and the plan of one run, its children left out."""
     student = build.build_model(recipe.student, data, "student")
-    if recipe.student.weights is not None:
-        weights.load_weights(student, recipe.student.weights, "student.weights", convert)
+    _load(student, recipe.student.weights, "student", convert)
     panel = Panel({name: build.build_model(spec, data, f"teachers.{name}") for name, spec in recipe.teachers.items()})
     for name, spec in recipe.teachers.items():
-        if spec.weights is not None:
-            weights.load_weights(panel[name], spec.weights, f"teachers.{name}.weights", convert)
+        _load(panel[name], spec.weights, f"teachers.{name}", convert)
     if (init := recipe.student.init) is not None and not weights.shared(student, panel[init]):
         raise ConfigError([f"student.init: no tensor of teacher {init!r} has a name and shape of the student's"])
     prepare = build.build_prepare(recipe, data, panel)
@@ -157,15 +189,15 @@ def get_ready(
         plan = fit(terms, student, panel, images, prepare=prepare)
     except (ValueError, RuntimeError) as error:
         raise error if isinstance(error, ConfigError) else ConfigError([build.of_term(error)]) from None
-    ready = Ready(recipe, title, data, images, student, panel, prepare, plan)
-    for at, child in load_children(recipe).items():
-        child = runfolder.beside(child, recipe)
-        with _inside(".".join(map(str, at))):
-            if at == ("baseline",):
-                ready.baseline = get_ready(child, accelerator, convert, "baseline", ready)
-            else:
-                ready.teachers[str(at[1])] = get_ready(child, accelerator, convert, f"teacher {at[1]}", ready)
-    return ready
+    return Ready(recipe, title, data, images, student, panel, prepare, plan)
+
+
+def _load(model: torch.nn.Module, path: Path | None, where: str, convert: weights.Convert | None) -> None:
+    """Loads a file of weights if there is one to load; a dry run checks it where it is there."""
+    dry = torch.get_default_device().type == "meta"
+    if path is not None and (path.exists() or not dry):
+        with torch.device("cpu"):
+            weights.load_weights(model, path, f"{where}.weights", convert)
 
 
 @contextmanager

@@ -91,6 +91,10 @@ def wrong(*arguments: str) -> list[str]:
         ("terms.soft.weight=-1", "terms.soft.weight: input should be greater than or equal to 0 (got -1)"),
         ("terms.soft.until=1.5", "terms.soft.until: input should be an epoch (an int from 0) or a fraction of the run"),
         ("terms.soft.until=true", "terms.soft.until: input should be an epoch"),
+        ("terms.soft.until=80/0", "terms.soft.until: input should be an epoch"),
+        ("terms.soft.until=121/120", "terms.soft.until: input should be an epoch"),
+        ("terms.block.student=[]", "terms.block.student: input should be a valid string (got []), or list should have"),
+        ("terms.block.teacher=[twin, wid]", "terms.block.teacher: 2 for 1 of the student; list as many"),
         ("terms.soft.view=foo", "terms.soft.view: input should be 'logits', 'embedding', 'tokens', 'map' or 'raw'"),
         ("terms.block.layout=3", "terms.block.layout: input should be a valid string (got 3), or input should be a"),
         ("terms.block.layout.0.x=1", "terms.block.layout: input should be a valid string (got {"),
@@ -218,6 +222,37 @@ def test_null_takes_away_a_term_and_a_teacher() -> None:
     assert list(found.terms) == ["block", "mixer", "relation"] and list(found.teachers) == ["twin"]
 
 
+def test_a_list_of_taps_is_paired_entry_by_entry() -> None:
+    taps = ["stages.*.blocks.-1", "stages.0.blocks.0"]
+    found = recipe(f"terms.block.student={taps}", f"terms.block.teacher={[f'twin.{tap}' for tap in taps]}")
+    models = {name: nn.ModuleDict({"stages": nn.ModuleList(_stage() for _ in range(2))}) for name in ("wide", "twin")}
+    (block,) = [t for t in build.build_terms(found, models["twin"], nn.ModuleDict(models), 1) if t.name == "block"]
+    names = ["stages.0.blocks.1", "stages.1.blocks.1", "stages.0.blocks.0"]
+    assert [tuple(pair) for pair in block.pairs] == [(name, f"twin.{name}") for name in names]
+
+
+def _stage() -> nn.Module:
+    blocks = [nn.ModuleDict({"token_mixer": nn.Identity()}) for _ in range(2)]
+    return nn.ModuleDict({"blocks": nn.ModuleList(blocks)})
+
+
+def test_a_moment_may_be_a_quotient_as_papers_write_it() -> None:
+    term = recipe("epochs=120", "terms.block.start=10/120", "terms.block.until=80/120").terms["block"]
+    assert (term.start, term.until) == (10 / 120, 80 / 120)
+
+
+def test_a_teacher_that_nobody_reads_is_left_out() -> None:
+    assert list(recipe("terms.soft=null").teachers) == ["twin"], "no term reads wide"
+    assert list(recipe("terms.block=null", "terms.mixer=null", "terms.relation=null").teachers) == ["wide", "twin"]
+    alone = recipe("terms={soft: null, block: null, mixer: null, relation: null, label: {loss: cross_entropy}}")
+    assert list(alone.teachers) == ["twin"], "the student starts from it"
+    one = recipe("teachers.wide=null", "terms.soft={teacher: null}", "student.init=null", *NO_FEATURES)
+    assert list(one.teachers) == ["twin"], "the only one need not be named"
+
+
+NO_FEATURES = [f"terms.{name}=null" for name in ("block", "mixer", "relation")]
+
+
 # the schema for editors
 
 
@@ -225,7 +260,7 @@ def fits(value: Any, schema: dict[str, Any], root: dict[str, Any]) -> bool:
     """Whether a value obeys a JSON schema; knows the words that ours uses, and no other."""
     known = {"$ref", "$defs", "$schema", "title", "description", "default", "type", "enum", "const", "anyOf", "items"}
     known |= {"properties", "additionalProperties", "required", "minimum", "exclusiveMinimum", "prefixItems"}
-    known |= {"minItems", "maxItems", "format"}
+    known |= {"minItems", "maxItems", "format", "pattern"}
     assert set(schema) <= known, set(schema) - known
     if "$ref" in schema:
         return fits(value, root["$defs"][re.fullmatch(r"#/\$defs/(\w+)", schema["$ref"])[1]], root)  # type: ignore[index]
@@ -237,6 +272,7 @@ def fits(value: Any, schema: dict[str, Any], root: dict[str, Any]) -> bool:
         good[kind] if kind in good else isinstance(value, types[kind]),
         "enum" not in schema or value in schema["enum"],
         "const" not in schema or value == schema["const"],
+        "pattern" not in schema or not isinstance(value, str) or re.search(schema["pattern"], value) is not None,
         "anyOf" not in schema or any(fits(value, option, root) for option in schema["anyOf"]),
         not number or (value >= schema.get("minimum", value) and value > schema.get("exclusiveMinimum", value - 1)),
     ]

@@ -38,3 +38,9 @@ def test_wrong_moments_raise() -> None:
     with pytest.raises(ValueError, match="ends after it starts"):
         Ramp(start=3, until=2)(0, 4)
     assert moment(0.25, 120) == 30
+
+
+def test_a_fraction_written_as_a_quotient_ends_at_its_epoch() -> None:
+    for epochs in range(1, 601):
+        for end in range(1, epochs):
+            assert Window(until=end / epochs)(end - 1, epochs) and not Window(until=end / epochs)(end, epochs)

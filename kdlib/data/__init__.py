@@ -13,6 +13,7 @@ import torch
 from .augment import ARRAYS_ONLY, FILES_ONLY, Augment, BatchAugment, eval_transform, train_transform
 from .fashion import FASHION_MEAN, FASHION_STD, Arrays, embedded, fashion_mnist
 from .loaders import ArrayLoader, FileLoader, Loader, Normalise, with_targets
+from .outlines import outline
 from .samplers import EpochBatches
 from .sources import STREAMS, TIMM, Files, Spread, image_folder, timm_dataset
 
@@ -76,7 +77,8 @@ def load(
         workers: processes that read image files; sets in memory need none.
         augment: what is done to training images.
         seed: of the order and the augmentation.
-        device: where batches arrive; sets in memory live there.
+        device: where batches arrive; sets in memory live there. On `meta` nothing has pixels, and neither Fashion-MNIST
+            nor an image folder needs files: for a folder that is not there stand ImageNet's numbers.
         rank, world_size: which part of each global batch is this process's.
         limit: train on so many images: the first, or of files, which are sorted by class, evenly spread ones.
         mean, std: of each channel (white is 1); else Fashion-MNIST's, measured (other sets in memory) or ImageNet's.
@@ -92,7 +94,8 @@ def load(
     _check(batch_size, eval_batch_size, workers, rank, world_size, image_size, limit, crop_pct, interpolation)
     if augment.mixes and batch_size % 2:
         raise ValueError(f"batch_size: got {batch_size}, but mixup and cutmix pair images; use an even number")
-    train, test = _open(name, None if root is None else Path(root).expanduser(), splits)
+    place = None if root is None else Path(root).expanduser()
+    train, test = (outline(name, place) if device.type == "meta" else None) or _open(name, place, splits)
     in_memory = isinstance(train, Arrays)
     unused = [f"augment.{field}" for field in augment.changed(*(FILES_ONLY if in_memory else ARRAYS_ONLY))]
     unused += ["crop_pct"] * (in_memory and crop_pct != CROP_PCT)

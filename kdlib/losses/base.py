@@ -142,7 +142,7 @@ def full_precision(forward: Compute) -> Compute:
     @wraps(forward)
     def wrapped(self: nn.Module, student: Any, *against: Any) -> Tensor:
         device = (student[0] if isinstance(student, (list, tuple)) else student).device.type
-        with torch.autocast(device, enabled=False):
+        with torch.autocast("cpu" if device == "meta" else device, enabled=False):  # meta has no autocast to turn off
             detach = not getattr(self, "follows_teacher", False)
             return forward(self, _lift(student), *(_lift(x, detach) for x in against))
 

@@ -14,7 +14,7 @@ from .. import schedules
 from ..config import Key
 from ..losses import LOSSES
 from .build import build_optimizer
-from .schema import Named, Recipe, Term
+from .schema import Named, Recipe
 from .wording import nearest, short
 
 HUB = "hf-hub:"
@@ -70,11 +70,18 @@ def _terms(recipe: Recipe) -> Iterator[tuple[Key, str]]:
             yield key, f"a term's name is a plain word of letters, digits, _ and - (got {short(name)})"
         if schedules.moment(term.until, recipe.epochs) <= schedules.moment(term.start, recipe.epochs):
             yield (*key, "until"), f"ends before it starts (start {term.start}, until {term.until})"
-        if (term.student or "").startswith("@") and term.student != "@output":
-            yield (*key, "student"), f"the student's answer is '@output', and it has no other @ (got {term.student!r})"
+        try:
+            sides = term.sides
+        except ValueError as error:
+            yield (*key, "teacher"), str(error)
+            continue
+        for mine, _ in sides:
+            if (mine or "").startswith("@") and mine != "@output":
+                yield (*key, "student"), f"the student's answer is '@output', and it has no other @ (got {mine!r})"
         yield from (((*key, "loss"), wrong) for wrong in _mixed(term.loss.whole, recipe))
-        if wrong := _whom(term, recipe):
-            yield (*key, "teacher"), wrong
+        for wrong in dict.fromkeys(_whom(term.loss.name, whom, recipe) for _, whom in sides):
+            if wrong:
+                yield (*key, "teacher"), wrong
 
 
 def _mixed(loss: dict[str, Any], recipe: Recipe) -> Iterator[str]:
@@ -101,21 +108,21 @@ def _named(loss: dict[str, Any]) -> Iterator[tuple[str, type[nn.Module]]]:
             yield from _named(value)
 
 
-def _whom(term: Term, recipe: Recipe) -> str | None:
-    """What is wrong with the teacher of a term, if anything."""
-    loss, teachers = term.loss.name, ", ".join(recipe.teachers) or "none"
+def _whom(loss: str, teacher: str | None, recipe: Recipe) -> str | None:
+    """What is wrong with what a term of ``loss`` reads of a teacher, if anything."""
+    teachers = ", ".join(recipe.teachers) or "none"
     if loss not in LOSSES:
         return None
     needs = getattr(LOSSES[loss], "against", ("teacher",))
-    if term.teacher is None:
+    if teacher is None:
         if "teacher" not in needs or len(recipe.teachers) == 1:
             return None
         return f"say which teacher: {teachers}" if recipe.teachers else f"{loss} needs a teacher, and teachers is empty"
-    owner, _, tap = term.teacher.partition(".")
+    owner, _, tap = teacher.partition(".")
     if owner == "@labels":
         return f"{loss} needs a teacher, not '@labels' (known: {teachers})" if "teacher" in needs or tap else None
-    if owner in recipe.teachers and term.teacher.endswith("."):
-        return f"ends in a dot; write {owner!r} for its answer (got {term.teacher!r})"
+    if owner in recipe.teachers and teacher.endswith("."):
+        return f"ends in a dot; write {owner!r} for its answer (got {teacher!r})"
     if owner not in recipe.teachers:
         return f"no teacher {owner!r}{nearest(owner, recipe.teachers)} (known: {teachers})"
     return None if "teacher" in needs else f"{loss} reads the labels alone; leave teacher out"

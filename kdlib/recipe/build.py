@@ -18,7 +18,7 @@ from ..data import Augment, Data
 from ..data import load as load_data
 from ..distiller import Panel
 from ..pairing import Pair, pair
-from .schema import Named, Optimizer, Recipe, Teacher, Term
+from .schema import Named, Optimizer, Recipe, Teacher
 from .wording import nearest
 
 USUAL = ("in_chans", "num_classes", "drop_rate", "drop_path_rate", "pretrained")
@@ -43,12 +43,16 @@ def open_data(recipe: Recipe, device: torch.device, rank: int, world_size: int) 
 def build_model(spec: Named, data: Data, where: str) -> nn.Module:
     """The timm model that ``spec`` names, with as many classes and channels as the data have.
 
+    On the meta device, by ``with torch.device("meta")``, nothing is downloaded.
+
     Raises:
         ConfigError: arguments that the model does not take, or weights that cannot be had.
     """
     arguments = {"num_classes": len(data.classes)} | spec.arguments
     if data.channels != 3:
         arguments = {"in_chans": data.channels} | arguments
+    if torch.get_default_device().type == "meta":
+        arguments.pop("pretrained", None)
     try:
         return timm.create_model(spec.name, **arguments)
     except Exception as error:  # hundreds of models and a download: each fails in its own way
@@ -94,7 +98,7 @@ def check_answers(
     found = answer(student, images, "student").shape[1]
     if found != classes:
         raise ConfigError([f"student.num_classes: the data have {classes} classes (got {found})"])
-    asked = {term.teacher or next(iter(recipe.teachers), None) for term in recipe.terms.values()}
+    asked = {theirs or next(iter(recipe.teachers), None) for term in recipe.terms.values() for _, theirs in term.sides}
     for name, spec in recipe.teachers.items():
         given = prepare[name](images) if name in prepare else images
         found = answer(panel[name], given, f"teachers.{name}").shape[1]
@@ -137,7 +141,7 @@ def build_terms(recipe: Recipe, student: nn.Module, panel: nn.Module, images: in
         loss = spec.loss.build()
         _size_memory(loss, images, f"terms.{name}.loss")
         try:
-            pairs = _pairs(spec, loss, student, panel, list(recipe.teachers))
+            pairs = tuple(p for side in spec.sides for p in _pairs(*side, loss, student, panel, list(recipe.teachers)))
         except ValueError as error:
             raise ConfigError([f"terms.{name}: {error}"]) from None
         schedule: schedules.Schedule = schedules.Window(spec.start, spec.until)
@@ -165,14 +169,15 @@ def _size_memory(loss: nn.Module, images: int, where: str) -> None:
             part.samples = images  # type: ignore[assignment]
 
 
-def _pairs(spec: Term, loss: nn.Module, student: nn.Module, panel: nn.Module, members: list[str]) -> tuple[Pair, ...]:
-    teacher = spec.teacher
+def _pairs(
+    mine: str | None, teacher: str | None, loss: nn.Module, student: nn.Module, panel: nn.Module, members: list[str]
+) -> tuple[Pair, ...]:
     if teacher is None:
         if "teacher" not in getattr(loss, "against", ("teacher",)):
             teacher = "@labels"
         else:
-            teacher = members[0] + (f".{spec.student}" if spec.student and not spec.student.startswith("@") else "")
-    mine = spec.student or "@output"
+            teacher = members[0] + (f".{mine}" if mine and not mine.startswith("@") else "")
+    mine = mine or "@output"
     if mine.startswith("@") or teacher.startswith("@") or teacher in members:
         return (Pair(mine, teacher),)
     return pair(student, panel, mine, teacher)

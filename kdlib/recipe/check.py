@@ -66,7 +66,8 @@ def check(raw: Mapping[str, Any]) -> tuple[Recipe | None, Wrong]:
     wrong += disagreements(recipe)
     if wrong:
         return None, wrong
-    recipe = recipe.model_copy(update={"terms": terms, "data": given})
+    teachers = {name: spec for name, spec in recipe.teachers.items() if name in _wanted(recipe)}
+    recipe = recipe.model_copy(update={"terms": terms, "data": given, "teachers": teachers})
     for at, own in children(recipe).items():
         child, inner = check(own)
         wrong += [((*at, *key), what) for key, what in inner]
@@ -79,6 +80,18 @@ def check(raw: Mapping[str, Any]) -> tuple[Recipe | None, Wrong]:
                 )
             )
     return recipe, wrong
+
+
+def _wanted(recipe: Recipe) -> set[str]:
+    """The teachers that a term reads or the student starts from; nobody trains the others."""
+    found = {recipe.student.init or ""}
+    for term in recipe.terms.values():
+        for _, theirs in term.sides:
+            if theirs is not None:
+                found.add(theirs.partition(".")[0])
+            elif "teacher" in getattr(LOSSES[term.loss.name], "against", ("teacher",)):
+                found.add(next(iter(recipe.teachers)))  # the only one, or the term would have to say which
+    return found
 
 
 def _loss(key: Key, spec: Named, wrong: Wrong) -> Loss:

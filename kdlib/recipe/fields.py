@@ -14,7 +14,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt, create_model
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt, WithJsonSchema, create_model
 from torch import nn
 
 from .. import data
@@ -34,14 +34,19 @@ Natural = Annotated[int, Field(ge=0, strict=True)]
 
 
 def _moment(value: Any) -> Any:
+    if isinstance(value, str) and (parts := re.fullmatch(r"(\d{1,6})/([1-9]\d{0,5})", value)):
+        value = int(parts[1]) / int(parts[2])
     if not isinstance(value, bool) and isinstance(value, int) and value >= 0:
         return value
     if isinstance(value, float) and 0 <= value <= 1:
         return value
-    raise ValueError("Input should be an epoch (an int from 0) or a fraction of the run (a float from 0.0 to 1.0)")
+    raise ValueError(
+        "Input should be an epoch (an int from 0) or a fraction of the run (a float from 0.0 to 1.0, or 80/120)"
+    )
 
 
-Moment = Annotated[int | float, BeforeValidator(_moment)]
+_MOMENT = {"anyOf": [{"type": "integer"}, {"type": "number"}, {"type": "string", "pattern": r"^\d+/\d+$"}]}
+Moment = Annotated[int | float, BeforeValidator(_moment), WithJsonSchema(_MOMENT)]
 
 
 def _path(value: Any) -> Any:
@@ -51,6 +56,9 @@ def _path(value: Any) -> Any:
 
 
 Location = Annotated[Path, BeforeValidator(_path)]
+
+
+Taps = str | Annotated[list[str], Field(min_length=1)]
 
 
 class Strict(BaseModel):

@@ -9,7 +9,7 @@ from pydantic import Field, StrictBool
 from torch import nn
 
 from ..losses import LOSSES
-from .fields import Count, Location, Moment, Named, Natural, Number, Positive, Share, Strict
+from .fields import Count, Location, Moment, Named, Natural, Number, Positive, Share, Strict, Taps
 
 
 class Loss(Named):
@@ -69,12 +69,12 @@ class Term(Strict):
 
     loss: Loss
     weight: Share = 1.0
-    student: str | None = None
-    """Tap of the student, or a pattern of taps; by default its answer."""
-    teacher: str | None = None
-    """``name``, ``name.tap`` or ``name.pattern`` of a teacher; ``"@labels"`` for the labels."""
+    student: Taps | None = None
+    """Tap of the student, or a pattern of taps, or a list of them; by default its answer."""
+    teacher: Taps | None = None
+    """``name``, ``name.tap`` or ``name.pattern`` of a teacher, or as many as ``student`` lists; ``"@labels"``."""
     start: Moment = 0
-    """When it begins: an int is an epoch, a float a fraction of the run."""
+    """When it begins: an int is an epoch, a float or ``80/120`` a fraction of the run."""
     until: Moment = 1.0
     """When it ends (excluded)."""
     slope: Slope | None = None
@@ -83,6 +83,20 @@ class Term(Strict):
     layout: str | tuple[str, str] | None = None
     adapter: Literal["linear"] | None = None
     reduce: Literal["mean", "sum"] = "mean"
+
+    @property
+    def sides(self) -> list[tuple[str | None, str | None]]:
+        """(student, teacher) of each entry of the two lists; one entry where they are no lists.
+
+        Raises:
+            ValueError: the lists are not of one length.
+        """
+        mine: list[str | None] = [*self.student] if isinstance(self.student, list) else [self.student]
+        theirs: list[str | None] = [*self.teacher] if isinstance(self.teacher, list) else [self.teacher]
+        theirs = theirs * len(mine) if self.teacher is None else theirs
+        if len(mine) != len(theirs):
+            raise ValueError(f"{len(theirs)} for {len(mine)} of the student; list as many, in the same order")
+        return list(zip(mine, theirs, strict=True))
 
 
 class Optimizer(Strict):
@@ -119,6 +133,7 @@ class Recipe(Strict):
 
     student: Student
     teachers: dict[str, Teacher] = Field(default_factory=dict)
+    """By name; one that no term reads and the student does not start from is left out, and nothing trains it."""
     terms: dict[str, Term]
     data: dict[str, Any] = Field(default_factory=dict)
     """Arguments of ``kdlib.data.load``."""
@@ -143,4 +158,4 @@ class Recipe(Strict):
     eval_every: Count = 1
     """Epochs between two evaluations; the last epoch is always evaluated."""
     output: Location = Path("runs/run")
-    """Folder of the run; teachers and baselines that it trains lie beside it."""
+    """Folder of the run, by default runs/ and the names of the CONFIGs; what it trains besides lies beside it."""

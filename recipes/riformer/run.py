@@ -74,4 +74,4 @@ def conclude(outcome: runs.Outcome, fused: nn.Module, fused_top1: float, differe
 
 
 if __name__ == "__main__":
-    sys.exit(launch.main(main, default=HERE / "configs" / "default.yaml"))
+    sys.exit(launch.main(main, default=HERE / "configs" / "default.yaml", convert=convert))
