@@ -38,7 +38,10 @@ of a reference implementation, over two stored cases in float32 and in float64: 
 gradient (of inputs and parameters), relative to its largest entry. The tests allow 1e-5 and 1e-4 in float32, and 1e-9
 for both in float64; gradients of parameters are stored in float32 only and not part of the float64 figure. *Licence* is
 that of the reference, of which numbers were taken and no code; where a repository has no licence file it says *none*.
-A dash in place of a reference means that no stored numbers exist: the plain definition in
+*Variants* are an argument's choices: where the authors' code and their paper differ by more than a constant factor,
+`variant` says which of the two is computed (the default is the code, whose numbers the references are), and the
+docstring says how they differ. A constant factor is a matter of the term's weight; the docstring tells it where it is
+known. A dash in place of a reference means that no stored numbers exist: the plain definition in
 `tests/losses_plain.py` is what such a loss, like all others, is compared with.
 
 Every loss returns a scalar of at least float32, whatever it is given and whatever autocast says, and gives the teacher

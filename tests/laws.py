@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
@@ -107,17 +107,38 @@ LOGITS = losses.SoftTarget
 SPECIAL: dict[str, dict[str, Any]] = {
     "ttm": {"twin": lambda teacher: 0.25 * teacher},
     "wttm": {"twin": lambda teacher: 0.25 * teacher},
-    "standardized": {"make": lambda: losses.Standardized(LOGITS(2.0)), "twin": lambda teacher: 3 * teacher + 1},
-    "learnable_temperature": {"make": lambda: losses.LearnableTemperature(LOGITS())},
-    "top_k": {"make": lambda: losses.TopK(LOGITS(), 3)},
+    "standardized": {"make": partial(losses.Standardized, LOGITS(2.0)), "twin": lambda teacher: 3 * teacher + 1},
+    "learnable_temperature": {"make": partial(losses.LearnableTemperature, LOGITS())},
+    "top_k": {"make": partial(losses.TopK, LOGITS(), 3)},
     "correlation_congruence": {"ordered": True},
     "mgd": {"random": True},
-    "crd": {"make": lambda: losses.CRD(SAMPLES, dim=6, negatives=10), "random": True},
+    "crd": {"make": partial(losses.CRD, SAMPLES, dim=6, negatives=10), "random": True},
 }
 
 
-def subject(name: str) -> Subject:
-    return Subject(name, **{"make": LOSSES[name]} | SPECIAL.get(name, {}))
+def subject(name: str, **chosen: Any) -> Subject:
+    special = {"make": LOSSES[name]} | SPECIAL.get(name, {})
+    return Subject(name, **special | {"make": partial(special["make"], **chosen)})
+
+
+def choices(name: str) -> list[dict[str, Any]]:
+    """The defaults of a loss, and one after the other each choice that it offers besides."""
+    hints = get_type_hints(LOSSES[name].__init__)
+    found: list[dict[str, Any]] = [{}]
+    for argument, parameter in inspect.signature(LOSSES[name]).parameters.items():
+        kinds = [hints[argument], *get_args(hints[argument])]
+        offered = [value for kind in kinds if get_origin(kind) is Literal for value in get_args(kind)]
+        found += [{argument: value} for value in offered if value != parameter.default]
+    return found
+
+
+CASES = [(name, chosen) for name in sorted(LOSSES) for chosen in choices(name)]
+"""The whole catalogue in all its variants."""
+
+
+def label(case: Any) -> str | None:
+    """How a part of ``CASES`` is called in the names of tests."""
+    return ",".join(f"{k}={v}" for k, v in case.items()) or "default" if isinstance(case, dict) else None
 
 
 def each(x: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -266,8 +287,9 @@ def law_half_precision_at_large_maps(case: Subject) -> None:
         sizes = {"grid": (14, 14), "channels": 32}
     if case.name == "crd":
         batch = 8
+    scale = {"logits": 1.0, "embedding": 3.0}.get(case.view, 40.0)  # of embeddings, fourth powers must fit into half
     for dtype in (torch.float16, torch.bfloat16):
-        inputs = case.inputs(batch=batch, dtype=dtype, scale=1.0 if case.view == "logits" else 40.0, **sizes)
+        inputs = case.inputs(batch=batch, dtype=dtype, scale=scale, **sizes)
         loss = case.fitted(inputs)
         exact = copy.deepcopy(loss).double()
         with torch.autocast("cpu", dtype):

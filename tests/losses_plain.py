@@ -38,12 +38,14 @@ def soft_target(loss: Any, s: Tensor, t: Tensor) -> Tensor:
 
 @plain
 def hard_label(loss: Any, s: Tensor, t: Tensor) -> Tensor:
-    return -torch.stack([row.softmax(0)[label].log() for row, label in zip(s, t.argmax(1), strict=True)]).mean()
+    return cross_entropy(loss, s, t.argmax(1))
 
 
 @plain
 def cross_entropy(loss: Any, s: Tensor, labels: Tensor) -> Tensor:
-    return -torch.stack([row.softmax(0)[label].log() for row, label in zip(s, labels, strict=True)]).mean()
+    wanted = F.one_hot(labels, s.shape[1]) if labels.ndim == 1 else labels
+    wanted = (1 - loss.label_smoothing) * wanted + loss.label_smoothing / s.shape[1]
+    return -(wanted * s.softmax(1).log()).sum(1).mean()
 
 
 def other_classes(x: Tensor, labels: Tensor) -> Tensor:
@@ -71,20 +73,23 @@ def nkd(loss: Any, s: Tensor, t: Tensor, labels: Tensor) -> Tensor:
 def ofa(loss: Any, s: Tensor, t: Tensor, labels: Tensor) -> Tensor:
     q, p = (s / loss.temperature).softmax(1), (t / loss.temperature).softmax(1)
     y = F.one_hot(labels, s.shape[1])
+    if loss.variant == "paper":
+        return -(((1 + p) ** loss.eps * y + p * (1 - y)) * q.log()).sum(1).mean()
     return -(((p + y) ** loss.eps - y) * q.log()).sum(1).mean()
 
 
 @plain
 def dist(loss: Any, s: Tensor, t: Tensor) -> Tensor:
     p, q = (s / loss.temperature).softmax(1), (t / loss.temperature).softmax(1)
+    paper = loss.variant == "paper"
 
     def rho(a: Tensor, b: Tensor) -> Tensor:
         a, b = a - a.mean(), b - b.mean()
-        return (a * b).sum() / (a.norm() * b.norm() + 1e-8)
+        return (a * b).sum() / (a.norm() * b.norm() + (0 if paper else 1e-8))
 
     inter = 1 - torch.stack([rho(a, b) for a, b in zip(p, q, strict=True)]).mean()
     intra = 1 - torch.stack([rho(a, b) for a, b in zip(p.T, q.T, strict=True)]).mean()
-    return loss.temperature**2 * (loss.beta * inter + loss.gamma * intra)
+    return (1 if paper else loss.temperature**2) * (loss.beta * inter + loss.gamma * intra)
 
 
 @plain
@@ -119,8 +124,13 @@ def binary(loss: Any, s: Tensor, t: Tensor) -> Tensor:
 
 @plain
 def standardized(loss: Any, s: Tensor, t: Tensor) -> Tensor:
-    s, t = ((x - x.mean(1, keepdim=True)) / (x.std(1, keepdim=True) + 1e-7) for x in (s, t))
-    return soft_target(loss.loss, s, t)
+    def z(x: Tensor) -> Tensor:
+        centred = x - x.mean(1, keepdim=True)
+        if loss.variant == "paper":
+            return centred / centred.square().mean(1, keepdim=True).sqrt()
+        return centred / (x.std(1, keepdim=True) + 1e-7)
+
+    return soft_target(loss.loss, z(s), z(t))
 
 
 @plain
@@ -135,9 +145,20 @@ def top_k(loss: Any, s: Tensor, t: Tensor) -> Tensor:
     return soft_target(loss.loss, s.gather(1, order), t.gather(1, order))
 
 
+def standard(x: Tensor, dim: Any) -> Tensor:
+    return (x - x.mean(dim, keepdim=True)) / (x.var(dim, unbiased=False, keepdim=True) + 1e-5).sqrt()
+
+
 @plain
 def feature_mse(loss: Any, s: Tensor, t: Tensor) -> Tensor:
-    return (s - t).square().mean()
+    """Of tokens."""
+    change: dict[str | None, Callable[[Tensor], Tensor]] = {
+        None: lambda x: x,
+        "l2": lambda x: x / length(x),
+        "layer": lambda x: standard(x, -1),
+        "batch": lambda x: standard(x, (0, 1)),
+    }
+    return (change[loss.normalize](s) - change[loss.normalize](t)).square().mean()
 
 
 @plain
@@ -152,7 +173,10 @@ def shrink(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
 
 @plain
 def attention_transfer(loss: Any, s: Tensor, t: Tensor) -> Tensor:
-    a, b = (x.pow(2).mean(1).flatten(1) for x in shrink(s, t))
+    if loss.variant == "paper":
+        a, b = (x.abs().pow(loss.p).sum(1).flatten(1) for x in shrink(s, t))
+        return length(a / length(a) - b / length(b)).mean()
+    a, b = (x.pow(loss.p).mean(1).flatten(1) for x in shrink(s, t))
     return (a / length(a) - b / length(b)).square().mean()
 
 
@@ -191,6 +215,8 @@ def fsp(loss: Any, s: list[Tensor], t: list[Tensor]) -> Tensor:
         return (a.flatten(2)[:, :, None] * b.flatten(2)[:, None]).mean(-1)
 
     gaps = [flow(s[k], s[k + 1]) - flow(t[k], t[k + 1]) for k in range(len(s) - 1)]
+    if loss.variant == "paper":
+        return sum(gap.square().sum() / len(gap) for gap in gaps)
     return sum(gap.square().mean() for gap in gaps)
 
 
@@ -239,7 +265,8 @@ def vid(loss: Any, s: Tensor, t: Tensor) -> Tensor:
 @plain
 def ofd(loss: Any, s: Tensor, t: Tensor) -> Tensor:
     s, m = loss.connect(s), torch.maximum(t, loss.margin)
-    return torch.where((s > m) | (m > 0), (s - m).square(), 0.0).sum()
+    total = torch.where((s > m) | (m > 0), (s - m).square(), 0.0).sum()
+    return total if loss.reduction == "sum" else total / len(s)
 
 
 @plain
@@ -265,14 +292,15 @@ def vkd(loss: Any, s: Tensor, t: Tensor) -> Tensor:
 
 @plain
 def gram_relation(loss: Any, s: Tensor, t: Tensor) -> Tensor:
-    s, t = s / length(s), t / length(t)
+    s, t = (x / length(x) if loss.normalize else x for x in (s, t))
     return (s @ s.mT - t @ t.mT).square().mean()
 
 
 @plain
 def ickd(loss: Any, s: Tensor, t: Tensor) -> Tensor:
     a, b = (x.flatten(2) @ x.flatten(2).mT for x in shrink(s, t))
-    return (a / length(a) - b / length(b)).square().sum() / (s.shape[0] * s.shape[1])
+    twice = len(s) if loss.variant == "imagenet" else 1
+    return (a / length(a) - b / length(b)).square().sum() / (s.shape[0] * s.shape[1] * twice)
 
 
 @plain
@@ -310,9 +338,12 @@ def pkt(loss: Any, s: Tensor, t: Tensor) -> Tensor:
     def q(x: Tensor) -> Tensor:
         x = x / (length(x) + loss.eps)
         alike = (x @ x.T + 1) / 2
+        if loss.variant == "paper":
+            alike = alike * (1 - torch.eye(len(x), dtype=x.dtype, device=x.device))
         return alike / alike.sum(1, keepdim=True)
 
-    return (q(t) * ((q(t) + loss.eps) / (q(s) + loss.eps)).log()).mean()
+    values = q(t) * ((q(t) + loss.eps) / (q(s) + loss.eps)).log()
+    return values.sum() if loss.variant == "paper" else values.mean()
 
 
 @plain
@@ -324,6 +355,8 @@ def correlation_congruence(loss: Any, s: Tensor, t: Tensor) -> Tensor:
 @plain
 def cckd(loss: Any, s: Tensor, t: Tensor) -> Tensor:
     def kernel(x: Tensor) -> Tensor:
+        if loss.kernel == "bilinear":
+            return x @ x.T
         terms = torch.zeros(len(x), len(x), dtype=x.dtype, device=x.device)
         factorial = 1
         for p in range(loss.max_p + 1):
@@ -331,13 +364,16 @@ def cckd(loss: Any, s: Tensor, t: Tensor) -> Tensor:
             terms = terms + (2 * loss.gamma) ** p / factorial * (x @ x.T) ** p
         return torch.exp(torch.tensor(-2 * loss.gamma, dtype=x.dtype)) * terms
 
-    return (kernel(s) - kernel(t)).norm() / len(s) ** 2
+    total = (kernel(s) - kernel(t)).square().sum()
+    total = total if loss.variant == "paper" else total.sqrt()
+    return total if loss.reduction == "sum" else total / len(s) ** 2
 
 
 @plain
 def info_nce(loss: Any, s: Tensor, t: Tensor) -> Tensor:
-    cosines = (s / length(s)) @ (t / length(t)).T
-    return -(cosines / loss.temperature).softmax(1).diagonal().log().mean()
+    cosines = (s / length(s)) @ (t / length(t)).T / loss.temperature
+    there = -cosines.softmax(1).diagonal().log().mean()
+    return (there - cosines.softmax(0).diagonal().log().mean()) / 2 if loss.symmetric else there
 
 
 @plain
@@ -351,8 +387,9 @@ def crd(loss: Any, s: Tensor, t: Tensor, indices: Tensor) -> Tensor:
     ):
         u = layer(x)
         e = ((memory[rows] * (u / length(u))[:, None]).sum(-1) / loss.temperature).exp()
-        e = e / (e.detach().mean() * loss.samples)
-        c = loss.negatives / loss.samples
-        positive = (e[:, 0] / (e[:, 0] + c + 1e-7)).log().sum()
-        total = total - (positive + (c / (e[:, 1:] + c + 1e-7)).log().sum()) / len(s)
+        paper = loss.variant == "paper"
+        e = e if paper else e / (e.detach().mean() * loss.samples)
+        c, eps = loss.negatives / loss.samples, 0 if paper else 1e-7
+        positive = (e[:, 0] / (e[:, 0] + c + eps)).log().sum()
+        total = total - (positive + (c / (e[:, 1:] + c + eps)).log().sum()) / len(s)
     return total

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import inspect
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from laws import Subject, each, fresh, leaves, subject
+from laws import CASES, Subject, choices, each, fresh, label, leaves, subject
 from losses_plain import PLAIN
 
 from kdlib import losses
@@ -33,7 +34,7 @@ def compare(case: Subject, loss, inputs):
         torch.testing.assert_close(leaf.grad, other.grad, rtol=1e-6, atol=1e-7 * float(other.grad.abs().max()) + 1e-12)
 
 
-@pytest.mark.parametrize("name", sorted(PLAIN))
+@pytest.mark.parametrize(("name", "chosen"), CASES, ids=label)
 @settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     batch=st.integers(2, 6),
@@ -44,8 +45,8 @@ def compare(case: Subject, loss, inputs):
     seed=st.integers(0, 10**6),
     scale=st.floats(0.1, 3.0),
 )
-def test_loss_is_its_definition(name, batch, classes, channels, height, width, seed, scale):
-    case = subject(name)
+def test_loss_is_its_definition(name, chosen, batch, classes, channels, height, width, seed, scale):
+    case = subject(name, **chosen)
     case.classes = classes
     inputs = case.inputs(
         batch=batch, dtype=torch.float64, seed=seed, scale=scale, grid=(height, width), channels=channels
@@ -68,55 +69,67 @@ def test_grids_may_differ(name, grids):
     compare(case, case.fitted((student, teacher)).double(), (student, teacher))
 
 
-@pytest.mark.parametrize(
-    ("loss", "plain"),
-    [
-        (
-            losses.AttentionTransfer(3, "paper"),
-            lambda s, t: _gap(s.abs(), t.abs(), 3).norm(dim=1),
-        ),
-        (losses.AttentionTransfer(4, "code"), lambda s, t: _gap(s, t, 4).square()),
-        (losses.ICKD("imagenet"), lambda s, t: PLAIN["ickd"](None, s, t) / 4),
-        (
-            losses.FeatureMSE("l2"),
-            lambda s, t: (_unit(s) - _unit(t)) ** 2,
-        ),
-        (losses.FeatureMSE("layer"), lambda s, t: (_standard(s, 1) - _standard(t, 1)) ** 2),
-        (losses.FeatureMSE("batch"), lambda s, t: (_standard(s, (0, 2, 3)) - _standard(t, (0, 2, 3))) ** 2),
-        (losses.CCKD("bilinear", reduction="sum", variant="paper"), lambda s, t: ((s @ s.T - t @ t.T) ** 2).sum()),
-        (losses.GramRelation(normalize=False), lambda s, t: (s @ s.mT - t @ t.mT) ** 2),
+ARGUMENTS = {
+    "soft_target": [{"temperature": 0.5}, {"temperature": 7.0}],
+    "hard_label": [{"label_smoothing": 0.1}],
+    "cross_entropy": [{"label_smoothing": 0.3}],
+    "dkd": [{"alpha": 0.5, "beta": 2.0, "temperature": 1.0}, {"alpha": 0.0, "temperature": 2.0}],
+    "nkd": [{"gamma": 0.7, "temperature": 3.0}],
+    "dist": [{"beta": 2.0, "gamma": 0.5, "temperature": 4.0}, {"beta": 3.0, "temperature": 2.0, "variant": "paper"}],
+    "ttm": [{"exponent": 1.0}, {"exponent": 2.0}],
+    "wttm": [{"exponent": 1.0}, {"exponent": 0.5}],
+    "ofa": [{"eps": 1.0}, {"eps": 2.0, "temperature": 3.0}, {"eps": 1.2, "temperature": 2.0, "variant": "paper"}],
+    "class_correlation": [{"temperature": 1.0}],
+    "batch_correlation": [{"temperature": 0.7}],
+    "binary": [{"temperature": 2.0}],
+    "learnable_temperature": [{"start": 2.0, "span": 5.0, "initial": -0.5}],
+    "attention_transfer": [{"p": 1}, {"p": 3}, {"p": 4}, {"p": 1.5, "variant": "paper"}, {"p": 3, "variant": "paper"}],
+    "channel_wise": [{"temperature": 0.3}, {"temperature": 4.0}],
+    "mgd": [{"ratio": 0.5, "alpha": 1e-2}, {"mask": "spatial", "ratio": 0.0}],
+    "vid": [{"variance": 0.1, "eps": 1e-2, "hidden": 3}],
+    "ofd": [{"project": False}, {"project": False, "reduction": "batchmean"}],
+    "srrl": [{"alpha": 0.3, "beta": 2.0}, {"project": False}],
+    "simkd": [{"factor": 1}, {"factor": 3}],
+    "review_kd": [{"hidden": 3}],
+    "gram_relation": [{"normalize": False}],
+    "pkt": [{"eps": 1e-2}, {"eps": 1e-4, "variant": "paper"}],
+    "cckd": [
+        {"gamma": 1.5, "max_p": 5},
+        {"kernel": "bilinear", "reduction": "sum", "variant": "paper"},
+        {"max_p": 1, "reduction": "sum"},
     ],
-    ids=lambda x: repr(x) if isinstance(x, losses.Loss) else "",
-)
-def test_variants(loss, plain):
-    torch.manual_seed(0)
-    shape = {"map": (4, 6, 3, 5), "tokens": (4, 9, 5), "embedding": (4, 8)}[loss.view]
-    shape = (4, 6, 3, 5) if isinstance(loss, losses.FeatureMSE) else shape
-    student, teacher = torch.randn(2, *shape, dtype=torch.float64)
-    torch.testing.assert_close(loss(student, teacher), plain(student, teacher).mean())
+    "info_nce": [{"temperature": 0.5}, {"symmetric": True}],
+    "crd": [{"temperature": 0.5, "momentum": 0.0}, {"temperature": 0.5, "variant": "paper"}],
+}
+"""Arguments away from their defaults and from single choices."""
 
 
-def test_variants_with_labels_and_lists():
-    torch.manual_seed(0)
-    student, teacher = torch.randn(2, 4, 6, dtype=torch.float64)
-    labels = torch.tensor([0, 5, 2, 2])
-    p, log_q, y = teacher.softmax(1), student.log_softmax(1), torch.nn.functional.one_hot(labels, 6)
-    expected = -(((1 + p) ** 1.5 * y + p * (1 - y)) * log_q).sum(1).mean()
-    torch.testing.assert_close(losses.OFA(1.5, variant="paper")(student, teacher, labels), expected)
-    s, t = ([torch.randn(4, c, 3, 5, dtype=torch.float64) for c in (2, 3)] for _ in range(2))
-    torch.testing.assert_close(losses.FSP("paper")(s, t), losses.FSP()(s, t) * 2 * 3)
+@pytest.mark.parametrize(("name", "chosen"), [(n, c) for n in ARGUMENTS for c in ARGUMENTS[n]], ids=label)
+def test_arguments(name, chosen):
+    """Also with more samples than channels, and with fewer."""
+    case = subject(name, **chosen)
+    for batch, channels in ((3, 8), (9, 4)):
+        inputs = case.inputs(batch=batch, dtype=torch.float64, seed=batch, channels=channels)
+        compare(case, case.fitted(inputs).double(), inputs)
 
 
-def _unit(x):
-    return x / x.norm(dim=1, keepdim=True)
+def test_every_number_that_a_loss_takes_is_tried():
+    """An argument that no test moves from its default could do nothing at all."""
+    apart = {"loss", "ramp", "start", "k", "rest", "margin", "head", "samples", "dim", "negatives"}
+    for name, loss in LOSSES.items():
+        tried = {argument for chosen in [*choices(name), *ARGUMENTS.get(name, [])] for argument in chosen}
+        sizes = {
+            argument for argument in inspect.signature(loss).parameters if argument.endswith(("_channels", "_size"))
+        }
+        assert inspect.signature(loss).parameters.keys() - tried - sizes - apart == set(), name
 
 
-def _gap(s, t, p):
-    return _unit(s.pow(p).sum(1).flatten(1)) - _unit(t.pow(p).sum(1).flatten(1))
-
-
-def _standard(x, axes):
-    return (x - x.mean(axes, keepdim=True)) / (x.var(axes, unbiased=False, keepdim=True) + 1e-5).sqrt()
+def test_features_are_normalised_along_the_channels_of_maps_too():
+    student, teacher = torch.randn(2, 4, 6, 3, 5, dtype=torch.float64)
+    for normalize in ("l2", "layer", "batch"):
+        loss = losses.FeatureMSE(normalize)
+        s, t = (x.flatten(2).mT for x in (student, teacher))
+        torch.testing.assert_close(loss(student, teacher), PLAIN["feature_mse"](loss, s, t))
 
 
 @pytest.mark.parametrize(("n", "c", "c_t"), [(4, 9, 9), (40, 3, 3), (40, 3, 5), (4, 9, 2), (30, 8, 8)])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from laws import LAWS, SPECIAL, subject
+from laws import CASES, LAWS, SPECIAL, label, subject
 
 from kdlib import losses
 from kdlib.losses import LOSSES
@@ -16,10 +16,10 @@ from kdlib.losses import LOSSES
 torch.set_num_threads(1)
 
 
-@pytest.mark.parametrize("name", sorted(LOSSES))
+@pytest.mark.parametrize(("name", "chosen"), CASES, ids=label)
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__.removeprefix("law_"))
-def test_law(law, name):
-    law(subject(name))
+def test_law(law, name, chosen):
+    law(subject(name, **chosen))
 
 
 def test_peculiarities_are_of_known_losses():

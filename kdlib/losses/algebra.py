@@ -13,6 +13,13 @@ def unit(x: Tensor, dim: int | tuple[int, int] = -1, eps: float = 1e-12) -> Tens
     return x / torch.where(length > eps, length, 1.0)
 
 
+def cosine_gap(a: Tensor, b: Tensor, dim: int) -> Tensor:
+    """``1 − cos`` along ``dim``, 1 beside a zero vector; as ``|u − v|² / 2``, which keeps its digits near equality."""
+    u, v = unit(a, dim), unit(b, dim)
+    zeros = (1 - u.detach().norm(dim=dim).round()) + (1 - v.detach().norm(dim=dim).round())
+    return ((u - v).square().sum(dim) + zeros) / 2
+
+
 def gram_gap(s: Tensor, t: Tensor) -> Tensor:
     """``Σ ‖SSᵀ − TTᵀ‖²`` over a batch of ``(…, N, C)`` and ``(…, N, C')``, in the cheaper of its exact forms."""
     n, c_s, c_t = s.shape[-2], s.shape[-1], t.shape[-1]

@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
-from .algebra import gram_gap
+from .algebra import cosine_gap, gram_gap
 from .base import Loss, full_precision
-from .checks import check_alike, check_positive
+from .checks import check_alike, check_choice, check_positive
 
 
 class DIST(Loss):
     r"""``T² · (beta · (1 − mean_b ρ(s_b, t_b)) + gamma · (1 − mean_k ρ(s_k, t_k)))`` of softmax probabilities at ``T``.
 
-    ``ρ`` is Pearson's correlation, ``⟨a, b⟩ / (|a| |b| + 1e-8)`` of centred vectors: of a sample across its classes
-    (inter-class), and of a class across the batch (intra-class). The published code adds ``1e-8`` to the product, which
-    is felt where a class is improbable in the whole batch, so it is kept; its segmentation form has no ``T²``.
+    ``ρ`` is Pearson's correlation: of a sample across its classes (inter-class), and of a class across the batch
+    (intra-class). ``variant="code"``: the authors' classification code, where ``ρ = ⟨a, b⟩ / (|a| |b| + 1e-8)`` of
+    centred vectors; the 1e-8 is felt where a class is improbable in the whole batch. ``variant="paper"``: the equations
+    as printed, with ``ρ`` exact (0 beside a constant vector) and without ``T²``, which the authors' segmentation code
+    leaves out as well.
 
     Shapes: student and teacher logits ``(B, K)``. Floor: 0, where the probabilities of the two correlate perfectly
     (above it by what the 1e-8 takes away). No labels. With one sample there is nothing to correlate across the batch,
-    and the intra-class part is the constant ``gamma · T²``.
+    and the intra-class part is constant.
 
     Args:
         beta: weight of the inter-class part.
         gamma: weight of the intra-class part.
         temperature: ``T > 0``.
+        variant: ``"code"`` or ``"paper"``.
 
     Raises:
-        ValueError: the temperature is not positive; the shapes differ.
+        ValueError: the temperature is not positive, or another variant; the shapes differ.
 
     Huang et al., Knowledge Distillation from A Stronger Teacher, 2022, section 3. arXiv:2205.10536
 
@@ -36,22 +41,35 @@ class DIST(Loss):
     True
     """
 
-    def __init__(self, beta: float = 1.0, gamma: float = 1.0, temperature: float = 1.0) -> None:
+    def __init__(
+        self,
+        beta: float = 1.0,
+        gamma: float = 1.0,
+        temperature: float = 1.0,
+        variant: Literal["code", "paper"] = "code",
+    ) -> None:
         super().__init__()
         check_positive(self, temperature=temperature)
-        self.beta, self.gamma, self.temperature = beta, gamma, temperature
+        check_choice(self, variant=(variant, ("code", "paper")))
+        self.beta, self.gamma, self.temperature, self.variant = beta, gamma, temperature, variant
 
     @full_precision
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         check_alike(self, student, teacher, "B K")
         p = (student / self.temperature).softmax(dim=-1)
         q = (teacher / self.temperature).softmax(dim=-1)
-        inter = 1 - _pearson(p, q, dim=1).mean()
-        intra = 1 - _pearson(p, q, dim=0).mean()
-        return (self.beta * inter + self.gamma * intra) * self.temperature**2
+        inter, intra = (self._distance(p, q, dim).mean() for dim in (1, 0))
+        return (self.beta * inter + self.gamma * intra) * (self.temperature**2 if self.variant == "code" else 1)
+
+    def _distance(self, p: Tensor, q: Tensor, dim: int) -> Tensor:
+        a, b = p - p.mean(dim, keepdim=True), q - q.mean(dim, keepdim=True)
+        if self.variant == "paper":
+            return cosine_gap(a, b, dim)
+        lengths = torch.linalg.vector_norm(a, dim=dim) * torch.linalg.vector_norm(b, dim=dim)
+        return 1 - (a * b).sum(dim) / (lengths + 1e-8)
 
     def extra_repr(self) -> str:
-        return f"beta={self.beta}, gamma={self.gamma}, temperature={self.temperature}"
+        return f"beta={self.beta}, gamma={self.gamma}, temperature={self.temperature}, variant={self.variant!r}"
 
 
 class ClassCorrelation(Loss):
@@ -126,9 +144,3 @@ class BatchCorrelation(Loss):
 
     def extra_repr(self) -> str:
         return f"temperature={self.temperature}"
-
-
-def _pearson(a: Tensor, b: Tensor, dim: int) -> Tensor:
-    a, b = a - a.mean(dim, keepdim=True), b - b.mean(dim, keepdim=True)
-    lengths = torch.linalg.vector_norm(a, dim=dim) * torch.linalg.vector_norm(b, dim=dim)
-    return (a * b).sum(dim) / (lengths + 1e-8)

@@ -16,15 +16,17 @@ class PKT(Loss):
     r"""``q_t · log((q_t + eps) / (q_s + eps))``, mean over the ``B × B`` entries, of neighbour probabilities ``q``.
 
     ``q`` is ``(cos + 1) / 2`` of each two samples, each row divided by its sum; the cosine is of ``x / (|x| + eps)``.
-    As published, the mean is over ``B²`` entries (not a sum over each row), and a sample is its own neighbour too.
+    ``variant="code"``: the authors' code takes the mean over all ``B²`` entries, and a sample is its own neighbour too.
+    ``variant="paper"``: the sum over pairs of different samples, and ``q`` is normalised over the others alone.
 
     Shapes: student ``(B, D)``, teacher ``(B, D')``. Floor: 0. No labels.
 
     Args:
         eps: added to lengths and inside the logarithm.
+        variant: ``"code"`` or ``"paper"``.
 
     Raises:
-        ValueError: eps is not positive; not embeddings of one batch.
+        ValueError: eps is not positive, or another variant; not embeddings of one batch.
 
     Passalis and Tefas, Learning Deep Representations with Probabilistic Knowledge Transfer, 2018, section 3.
     arXiv:1803.10837
@@ -36,25 +38,30 @@ class PKT(Loss):
 
     view = "embedding"
 
-    def __init__(self, eps: float = 1e-7) -> None:
+    def __init__(self, eps: float = 1e-7, variant: Literal["code", "paper"] = "code") -> None:
         super().__init__()
         check_positive(self, eps=eps)
-        self.eps = eps
+        check_choice(self, variant=(variant, ("code", "paper")))
+        self.eps, self.variant = eps, variant
 
     @full_precision
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         check_embeddings(self, student, teacher)
         q_s, q_t = self._neighbours(student), self._neighbours(teacher)
         gap = q_t - q_s  # its rows sum to zero: taking it off changes nothing but the rounding
-        return (q_t * (gap / (q_s + self.eps)).log1p() - gap).mean()
+        values = q_t * (gap / (q_s + self.eps)).log1p() - gap
+        return values.mean() if self.variant == "code" else values.sum()
 
     def _neighbours(self, x: Tensor) -> Tensor:
         x = x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + self.eps)
         alike = (x @ x.mT + 1) / 2
-        return alike / alike.sum(1, keepdim=True)
+        if self.variant == "paper":
+            alike = alike.masked_fill(torch.eye(len(x), dtype=torch.bool, device=x.device), 0)
+        total = alike.sum(1, keepdim=True)
+        return alike / torch.where(total > 0, total, 1.0)  # a batch of one has no neighbour
 
     def extra_repr(self) -> str:
-        return f"eps={self.eps}"
+        return f"eps={self.eps}, variant={self.variant!r}"
 
 
 class CorrelationCongruence(Loss):

@@ -7,7 +7,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor
 
-from .algebra import channel_axis, pooled, unit
+from .algebra import channel_axis, cosine_gap, pooled, unit
 from .base import Loss, full_precision
 from .checks import check_alike, check_choice
 
@@ -83,10 +83,7 @@ class CosineDistance(Loss):
     @full_precision
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         check_alike(self, student, teacher, "any")
-        axis = channel_axis(student)
-        s, t = unit(student, axis), unit(teacher, axis)
-        zeros = (1 - s.detach().norm(dim=axis).round()) + (1 - t.norm(dim=axis).round())
-        return ((s - t).square().sum(axis) + zeros).mean() / 2
+        return cosine_gap(student, teacher, channel_axis(student)).mean()
 
 
 class ChannelMean(Loss):

@@ -66,7 +66,8 @@ class HierarchicalContext(Loss):
     r"""``Σ (MSE(f) + Σ_i 2⁻ⁱ MSE(pool_i f)) / (1 + Σ_i 2⁻ⁱ)`` over levels: maps, and their averages on small grids.
 
     The grids are those of 4×4, 2×2 and 1×1, in this order, that are below the map's height (as published, the height
-    alone decides); MSE is a mean over all elements. HCL, for short.
+    alone decides); MSE is a mean over all elements. HCL, for short. The paper tells in words to compare pooled maps and
+    gives no formula, so that there is no variant: grids, weights and means are the authors' code's.
 
     Shapes: lists of maps ``(B, C_k, H_k, W_k)`` of one shape at each level; vectors ``(B, C)`` count as 1×1 maps.
     Floor: 0. No labels.

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from .algebra import unit
 from .base import full_precision
-from .checks import check_positive
+from .checks import check_choice, check_positive
 from .contrastive import gather
 from .learned import Learned, run
 
@@ -22,7 +23,8 @@ class CRD(Learned):
 
     ``−Σ_i (log e_ii / (e_ii + c + 1e-7) + Σ_j log c / (e_ij + c + 1e-7)) / B``, summed over the two sides.
 
-    As published, ``Z`` is ``samples`` times the mean of ``exp(…)`` in the first batch and never changes; and after each
+    ``variant="code"``: ``Z`` is ``samples`` times the mean of ``exp(…)`` in the first batch and never changes.
+    ``variant="paper"``: its critic ``h = exp(…) / (exp(…) + c)``, that is without ``Z`` and 1e-7. In both, after each
     training step ``memory[i] ← unit(momentum · memory[i] + (1 − momentum) · u_i)``. The teacher's features get no
     gradient, but the layer ``W, b`` on its side is trained. In eval mode the memories stay as they are.
 
@@ -40,6 +42,7 @@ class CRD(Learned):
         negatives: ``n``, for each sample.
         temperature: ``T > 0``.
         momentum: of the memories, in ``[0, 1)``.
+        variant: ``"code"`` or ``"paper"``.
         student_size, teacher_size: ``D``, ``D'``; left out, ``fit`` finds them.
 
     Raises:
@@ -68,15 +71,17 @@ class CRD(Learned):
         momentum: float = 0.5,
         student_size: int | None = None,
         teacher_size: int | None = None,
+        variant: Literal["code", "paper"] = "code",
     ) -> None:
         super().__init__()
+        check_choice(self, variant=(variant, ("code", "paper")))
         check_positive(self, dim=dim, negatives=negatives, temperature=temperature)
         if samples is not None:
             check_positive(self, samples=samples)
         if not 0 <= momentum < 1:
             raise ValueError(f"CRD: momentum must be in [0, 1), got {momentum}")
         self.samples, self.dim, self.negatives = samples or 0, dim, negatives
-        self.temperature, self.momentum = temperature, momentum
+        self.temperature, self.momentum, self.variant = temperature, momentum, variant
         self.size(student_size, teacher_size)
 
     def build(self, student_size: int, teacher_size: int) -> None:
@@ -106,12 +111,18 @@ class CRD(Learned):
         scores_s = self._scores(self.memory_teacher, u_s, contrast)
         scores_t = self._scores(self.memory_student, u_t, contrast)
         with torch.no_grad():
-            first = _mean_over_ranks(torch.stack([scores_s.exp().mean(), scores_t.exp().mean()])) * self.samples
-            z = torch.where(self.z > 0, self.z.to(first.dtype), first)
+            z = self._scale(scores_s, scores_t)
             if self.training:
                 self.z.copy_(z)
                 self._remember(indices, u_s, u_t)
         return (self._estimate(scores_s, z[0]) + self._estimate(scores_t, z[1])) / len(student)
+
+    def _scale(self, *scores: Tensor) -> Tensor:
+        """``Z`` of both sides, ``(2,)``."""
+        if self.variant == "paper":
+            return scores[0].new_ones(2)
+        first = _mean_over_ranks(torch.stack([x.exp().mean() for x in scores])) * self.samples
+        return torch.where(self.z > 0, self.z.to(first.dtype), first)
 
     def _scores(self, memory: Tensor, u: Tensor, contrast: Tensor) -> Tensor:
         """``(B, 1 + n)``: inner products with the memory's rows, over the temperature."""
@@ -122,7 +133,8 @@ class CRD(Learned):
 
     def _estimate(self, scores: Tensor, z: Tensor) -> Tensor:
         log_e, c = scores - z.log(), (scores.shape[1] - 1) / self.samples
-        log_all = torch.logaddexp(log_e, torch.full_like(log_e, math.log(c + 1e-7)))
+        eps = 1e-7 if self.variant == "code" else 0.0
+        log_all = torch.logaddexp(log_e, torch.full_like(log_e, math.log(c + eps)))
         return log_all.sum() - log_e[:, 0].sum() - math.log(c) * log_e[:, 1:].numel()
 
     def _remember(self, indices: Tensor, u_s: Tensor, u_t: Tensor) -> None:
@@ -134,7 +146,7 @@ class CRD(Learned):
             memory.index_copy_(0, indices, unit(self.momentum * memory[indices] + (1 - self.momentum) * rows))
 
     def extra_repr(self) -> str:
-        return f"samples={self.samples}, dim={self.dim}, negatives={self.negatives}, temperature={self.temperature}"
+        return f"samples={self.samples}, dim={self.dim}, negatives={self.negatives}, variant={self.variant!r}"
 
 
 def _mean_over_ranks(x: Tensor) -> Tensor:

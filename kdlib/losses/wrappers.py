@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from .algebra import unit
 from .base import Loss, Need, _nothing, full_precision
+from .checks import check_choice
 
 
 class Wrapper(Loss):
@@ -45,17 +47,19 @@ class Wrapper(Loss):
 class Standardized(Wrapper):
     r"""``loss(z_s, z_t)`` with ``z = (logits − mean) / (std + 1e-7)`` of each sample: standardised logits.
 
-    The student then need not match the teacher's range, only its order and proportions. As in the published code,
-    ``std`` is the unbiased one (``K − 1``) and ``1e-7`` is added to it.
+    The student then need not match the teacher's range, only its order and proportions. ``variant="code"``: ``std`` is
+    the unbiased one (over ``K − 1``), and 1e-7 is added. ``variant="paper"``: over ``K``, and nothing is added; equal
+    logits become 0.
 
     Shapes: logits ``(B, K)``, and what the held loss needs. Floor: the held loss's. Labels: as the held loss. The
     published weight is 9 with ``SoftTarget(2.0)`` inside.
 
     Args:
         loss: any loss between logits.
+        variant: ``"code"`` or ``"paper"``.
 
     Raises:
-        ValueError: the loss does not read logits; fewer than two classes.
+        ValueError: the loss does not read logits, or another variant; fewer than two classes.
 
     Sun et al., Logit Standardization in Knowledge Distillation, 2024, algorithm 1. arXiv:2403.01427
 
@@ -65,13 +69,27 @@ class Standardized(Wrapper):
     True
     """
 
+    def __init__(self, loss: nn.Module, variant: Literal["code", "paper"] = "code") -> None:
+        super().__init__(loss)
+        check_choice(self, variant=(variant, ("code", "paper")))
+        self.variant = variant
+
     @full_precision
     def forward(self, student: Tensor, *against: Tensor) -> Tensor:
         teacher, rest = self.split(against)
         if student.shape[-1] < 2:
             raise ValueError(f"Standardized needs at least 2 classes, got {student.shape[-1]}")
-        given = () if teacher is None else (_standardize(teacher),)
-        return self.loss(_standardize(student), *given, *rest)
+        given = () if teacher is None else (self._standard(teacher),)
+        return self.loss(self._standard(student), *given, *rest)
+
+    def _standard(self, logits: Tensor) -> Tensor:
+        centred = logits - logits.mean(dim=-1, keepdim=True)
+        if self.variant == "paper":
+            return unit(centred) * logits.shape[-1] ** 0.5
+        return centred / (logits.std(dim=-1, keepdim=True) + 1e-7)
+
+    def extra_repr(self) -> str:
+        return f"variant={self.variant!r}"
 
 
 class TopK(Wrapper):
@@ -126,10 +144,6 @@ class TopK(Wrapper):
 
     def extra_repr(self) -> str:
         return f"k={self.k}, rest={self.rest}"
-
-
-def _standardize(logits: Tensor) -> Tensor:
-    return (logits - logits.mean(dim=-1, keepdim=True)) / (logits.std(dim=-1, keepdim=True) + 1e-7)
 
 
 def _others(logits: Tensor, where: Tensor) -> Tensor:
