@@ -1,7 +1,7 @@
 """What the affine mixers learned: the distribution of their scales s, stage by stage (RIFormer, CVPR 2023, Fig. 6).
 
 python recipes/riformer/measure/affine_scales.py runs/riformer --out scales.json
-python recipes/riformer/measure/affine_scales.py runs/with runs/without --labels "with imitation" without --out scales.json
+python recipes/riformer/measure/affine_scales.py runs/with runs/without --labels imitated "not imitated" --out s.json
 
 A mixer computes A(z) = s z + t - z, so s = 1 adds nothing, s = 0 subtracts the normed input, and a negative s subtracts
 more than that. A source is a run folder or any checkpoint of a RIFormer in its train form.
@@ -20,7 +20,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # so that this file can be started as a script
 
-from recipes.riformer.measure import clock, tool, trained  # noqa: E402
+from recipes.riformer.measure import clock, tool, trained
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -86,7 +86,9 @@ def draw(report: tool.Report) -> Figure:
     for axis in axes.flat[len(stages) :]:
         axis.remove()
     for axis, stage in zip(axes.flat, stages, strict=False):
-        there = [(at, each["label"], each["stages"][stage]) for at, each in enumerate(models) if stage in each["stages"]]
+        there = [
+            (at, each["label"], each["stages"][stage]) for at, each in enumerate(models) if stage in each["stages"]
+        ]
         ends = [end for _, _, found in there for end in (min(found["scales"]), max(found["scales"]), 0.0)]
         low, high = min(ends), max(ends)
         margin = 0.05 * (high - low) or 0.1  # scales that were never trained may be all the same
@@ -107,7 +109,11 @@ def draw(report: tool.Report) -> Figure:
         axis.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
     axes.flat[0].set_ylabel("share of the scales")
     figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(len(models), 4))
-    figure.suptitle("affine scales s in A(z) = s z + t - z; dashed: the mean, also in figures, and the share below 0", fontsize=9, color="#555555")
+    figure.suptitle(
+        "affine scales s in A(z) = s z + t - z; dashed: the mean, also in figures, and the share below 0",
+        fontsize=9,
+        color="#555555",
+    )
     return figure
 
 

@@ -1,6 +1,8 @@
-"""The models whose throughput the paper compares, each in the forms that may be its fastest, and the paper's numbers."""
+"""The models whose throughput the paper compares, in the forms that may be their fastest, and the paper's numbers."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import timm
 import torch
@@ -52,7 +54,7 @@ class ComplexFilter(nn.Module):
 
 
 def family(name: str) -> str:
-    return name.partition("_")[0].removeprefix("metaformer")
+    return name.partition("_")[0]
 
 
 def parse(text: str) -> tuple[str, tuple[str, ...]]:
@@ -64,7 +66,7 @@ def parse(text: str) -> tuple[str, tuple[str, ...]]:
     name, _, form = text.partition(":")
     if not timm.is_model(name):
         raise ValueError(f"--models {text}: timm knows no model {name!r}")
-    forms = FORMS.get(family(name), ("timm",))
+    forms = FORMS.get(family(name), ("plain",))
     if form and form not in forms:
         raise ValueError(f"--models {text}: {name} has the forms {', '.join(forms)}")
     return name, (form,) if form else USUAL.get(family(name), forms)
@@ -81,14 +83,14 @@ def build(name: str, form: str, pixels: int, device: torch.device, dtype: torch.
         name = name.replace("poolformer_", "metaformer_pool_")
         if not timm.is_model(name):
             raise ValueError(f"there is no {name}")
-    sized = {"img_size": pixels} if family(name) == "gfnet" else {}  # the others take any size
+    sized: dict[str, Any] = {"img_size": pixels} if family(name) == "gfnet" else {}  # the others take any size
     net = timm.create_model(name, **sized).eval()
     if family(name) == "riformer" and form != "train":
         net = model.fuse(net, form)
     net = net.to(device, dtype)
     if form == "complex":  # last, since a change of dtype would drop the imaginary part
         for block in [each for each in net.modules() if isinstance(each, gfnet.Block)]:
-            block.filter = ComplexFilter(block.filter)
+            block.add_module("filter", ComplexFilter(block.filter))
     return net
 
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # so that this file can be started as a script
 
-from recipes.riformer.fusion import Mlp  # noqa: E402
-from recipes.riformer.measure import clock, tool  # noqa: E402
+from recipes.riformer.fusion import Mlp
+from recipes.riformer.measure import clock, tool
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -172,12 +172,12 @@ def draw(report: tool.Report) -> Figure:
     else:
         curves["paper's ViT-B, A100, scaled to the same end"] = [end * ms / theirs[-1] for ms in theirs]
     looks = ((tool.COLOURS[0], "-", 4), (tool.COLOURS[2], "-", -10), ("#777777", "--", 4))
-    for (label, ms), (colour, line, above) in zip(curves.items(), looks, strict=True):
+    for (label, ms), (colour, line, shift) in zip(curves.items(), looks, strict=True):
         left.step(range(len(ms)), ms, where="mid", color=colour, label=label, linestyle=line)
         left.plot(range(len(ms)), ms, "o", color=colour, markersize=4)
         if same or line == "-":
             place = (len(ms) - 1, ms[-1])
-            left.annotate(f"{ms[-1]:,.4g}", place, (5, above), textcoords="offset points", color=colour)
+            left.annotate(f"{ms[-1]:,.4g}", place, (5, shift), textcoords="offset points", color=colour)
     last = max(ms[-1] for ms in curves.values())
     left.set_xticks(range(len(STEPS)), [STEPS[0], *(f"+ {step}" for step in STEPS[1:])], rotation=30, ha="right")
     left.set(ylabel="ms a batch, cumulative", ylim=(0, 1.1 * last), xlim=(-0.5, len(STEPS) - 0.1))
@@ -188,14 +188,18 @@ def draw(report: tool.Report) -> Figure:
     bars = {"paper, A100\n(3,096 ms)": shares(report["paper_ms"])["share"]}
     for kind, part in report["attention"].items():
         bars[f"{kind}, here\n({part['ms'][-1]:,.4g} ms)"] = part["share"]
-    colours = dict(zip(STEPS, ("#bbbbbb", "#66ccee", "#ee6677", "#ccbb44", "#aaddee", "#4477aa", "#ddcc77"), strict=True))
-    for place, share in enumerate(bars.values()):
+    colours = dict(
+        zip(STEPS, ("#bbbbbb", "#66ccee", "#ee6677", "#ccbb44", "#aaddee", "#4477aa", "#ddcc77"), strict=True)
+    )
+    for line, share in enumerate(bars.values()):
         start = 0.0
         for step, part in share.items():
             width = max(part, 0.0)  # a difference of two times can fall below zero by noise
-            right.barh(place, width, left=start, color=colours[step], edgecolor="white", label=step if not place else None)
+            right.barh(
+                place, width, left=start, color=colours[step], edgecolor="white", label=step if not line else None
+            )
             if width > 0.055:
-                right.text(start + width / 2, place, f"{part:.0%}", ha="center", va="center", fontsize=8)
+                right.text(start + width / 2, line, f"{part:.0%}", ha="center", va="center", fontsize=8)
             start += width
     right.set_yticks(range(len(bars)), list(bars))
     right.invert_yaxis()

@@ -16,7 +16,7 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # so that this file can be started as a script
 
-from kdlib import config, data  # noqa: E402
-from recipes.riformer.measure import clock, tool, trained  # noqa: E402
+from kdlib import config, data
+from recipes.riformer.measure import clock, tool, trained
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -90,7 +90,7 @@ def radius(field: Tensor, centre: tuple[float, float]) -> float:
     return float((torch.hypot(rows[:, None], columns) * field).sum() / field.sum())
 
 
-def measure_one(each: trained.Trained, loader: data.Loader, count: int, stage: int) -> dict[str, object]:
+def measure_one(each: trained.Trained, loader: data.Loader, count: int, stage: int) -> tool.Report:
     """One model's row of the report: its map from ``count`` images, largest value 1, and its shares of the area.
 
     Raises:
@@ -207,7 +207,7 @@ def draw(report: tool.Report) -> Figure:
         shown = axis.imshow(row["map"], norm=scale, cmap="magma", extent=(0, side, side, 0), interpolation="nearest")
         for share, line in (("50%", "-"), ("99%", ":")):
             half = _half_side(row["area"][share], side, (y, x))
-            style = {"fill": False, "edgecolor": "white", "linestyle": line, "linewidth": 1.1}
+            style: dict[str, Any] = {"fill": False, "edgecolor": "white", "linestyle": line, "linewidth": 1.1}
             axis.add_patch(Rectangle((x - half, y - half), 2 * half, 2 * half, **style))
         axis.set(xticks=[], yticks=[], xlim=(0, side), ylim=(side, 0))
         axis.set_title(row["model"], fontsize=9)
@@ -241,10 +241,14 @@ def _half_side(area: float, side: int, centre: tuple[float, float]) -> float:
 
 def make_parser() -> tool.Parser:
     parser = tool.Parser(__doc__)
-    parser.add_argument("sources", nargs="*", metavar="SOURCE", help="a run folder, or NAME=FILE: a model and its weights")
+    parser.add_argument(
+        "sources", nargs="*", metavar="SOURCE", help="a run folder, or NAME=FILE: a model and its weights"
+    )
     parser.add_argument("--images", type=tool.at_least(1), default=256, help="test images (default: 256)")
     parser.add_argument("--stage", type=int, default=-1, help="whose output is looked at (default: -1, the last)")
-    parser.add_argument("--data", nargs="+", metavar="KEY=VALUE", help="test images of another set, as a recipe's data:")
+    parser.add_argument(
+        "--data", nargs="+", metavar="KEY=VALUE", help="test images of another set, as a recipe's data:"
+    )
     parser.add_argument("--device", help="cpu or cuda (default: the GPU if there is one)")
     return parser
 

@@ -90,7 +90,9 @@ def paint(draw: Callable[[Report], Figure], report: Report, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    pyplot.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "font.size": 9, "legend.frameon": False})
+    pyplot.rcParams.update(
+        {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9, "legend.frameon": False}
+    )
     try:
         figure = draw(report)
     except (KeyError, TypeError) as error:

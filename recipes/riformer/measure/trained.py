@@ -1,4 +1,4 @@
-"""Trained models to look at: those of a run folder of recipes/riformer/run.py, or a model's name and a file of weights."""
+"""Trained models to look at: those of a run folder of recipes/riformer/run.py, or a name and a file of weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from kdlib import config, recipe, runfolder, runs
 from kdlib.data import Data
 from kdlib.recipe import weights
-from recipes.riformer import gfnet, model  # noqa: F401  registers the models with timm
+from recipes.riformer import gfnet, model
 from recipes.riformer.convert import convert
 
 
@@ -84,7 +84,9 @@ def read_weights(text: str, channels: int, device: torch.device) -> Trained:
     name, _, file = text.partition("=")
     path = Path(file)
     if not timm.is_model(name):
-        raise config.ConfigError([f"{name}: timm knows no such model; write NAME=FILE, as riformer_s12=student.safetensors"])
+        raise config.ConfigError(
+            [f"{name}: timm knows no such model; write NAME=FILE, as riformer_s12=student.safetensors"]
+        )
     state = weights.read_weights(path, name)
     classes = [value.shape[0] for key, value in state.items() if re.fullmatch(r".*\b(head|fc|classifier)\.bias", key)]
     net = timm.create_model(name, num_classes=classes[-1] if classes else 1000, in_chans=channels)
@@ -107,7 +109,9 @@ def affine_scales(path: Path) -> dict[str, Tensor]:
     name = re.compile(r"(stages\.\d+\.blocks\.\d+)\.token_mixer\.affine\.weight")
     found = {at[1]: value.flatten().float() for key, value in convert(file).items() if (at := name.fullmatch(key))}
     if not found:
-        raise ValueError(f"{path}: its model has no affine token mixer; a RIFormer in its train form has, unlike a fused one")
+        raise ValueError(
+            f"{path}: its model has no affine token mixer; a RIFormer in its train form has, unlike a fused one"
+        )
     return found
 
 
