@@ -23,12 +23,15 @@ from recipes.riformer.fusion import Mlp
 from recipes.riformer.measure import clock, tool
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 STEPS = ("embedding", "norm 1", "token mixer", "shortcut 1", "norm 2", "channel MLP", "shortcut 2")
 PAPER = (81.57, 232.42, 1666.01, 1725.61, 1874.02, 3070.33, 3096.26)
 """Cumulative milliseconds in Fig. 1: ViT-B, 12 layers, 2048 images of 224 px, one A100. Its precision and attention
 kernel are not stated."""
+SHADES = ("#bbbbbb", "#66ccee", "#ee6677", "#ccbb44", "#aaddee", "#4477aa", "#ddcc77")
+"""One colour a step."""
 ATTENTION = ("unfused", "fused")
 SIZES = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12), "large": (1024, 16)}
 """Name to channels and heads."""
@@ -164,51 +167,52 @@ def draw(report: tool.Report) -> Figure:
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11.5, 4.4), layout="constrained", width_ratios=[1.15, 1])
-    curves = {f"{kind} attention, here": part["ms"] for kind, part in report["attention"].items()}
-    end, theirs = max(ms[-1] for ms in curves.values()), report["paper_ms"]
-    same = (report["size"], report["depth"], report["pixels"], report["batch"]) == ("base", 12, 224, 2048)
-    if same:
-        curves["paper, A100"] = theirs
-    else:
-        curves["paper's ViT-B, A100, scaled to the same end"] = [end * ms / theirs[-1] for ms in theirs]
-    looks = ((tool.COLOURS[0], "-", 4), (tool.COLOURS[2], "-", -10), ("#777777", "--", 4))
-    for (label, ms), (colour, line, shift) in zip(curves.items(), looks, strict=True):
-        left.step(range(len(ms)), ms, where="mid", color=colour, label=label, linestyle=line)
-        left.plot(range(len(ms)), ms, "o", color=colour, markersize=4)
-        if same or line == "-":
-            place = (len(ms) - 1, ms[-1])
-            left.annotate(f"{ms[-1]:,.4g}", place, (5, shift), textcoords="offset points", color=colour)
-    last = max(ms[-1] for ms in curves.values())
-    left.set_xticks(range(len(STEPS)), [STEPS[0], *(f"+ {step}" for step in STEPS[1:])], rotation=30, ha="right")
-    left.set(ylabel="ms a batch, cumulative", ylim=(0, 1.1 * last), xlim=(-0.5, len(STEPS) - 0.1))
-    left.set_title(f"ViT-{report['size']}, {report['depth']} layers, {report['batch']} images of {report['pixels']} px")
-    left.legend(loc="upper left")
-    left.grid(axis="y", alpha=0.25)
-
-    bars = {"paper, A100\n(3,096 ms)": shares(report["paper_ms"])["share"]}
-    for kind, part in report["attention"].items():
-        bars[f"{kind}, here\n({part['ms'][-1]:,.4g} ms)"] = part["share"]
-    colours = dict(
-        zip(STEPS, ("#bbbbbb", "#66ccee", "#ee6677", "#ccbb44", "#aaddee", "#4477aa", "#ddcc77"), strict=True)
-    )
-    for line, share in enumerate(bars.values()):
-        start = 0.0
-        for step, part in share.items():
-            width = max(part, 0.0)  # a difference of two times can fall below zero by noise
-            right.barh(
-                place, width, left=start, color=colours[step], edgecolor="white", label=step if not line else None
-            )
-            if width > 0.055:
-                right.text(start + width / 2, line, f"{part:.0%}", ha="center", va="center", fontsize=8)
-            start += width
-    right.set_yticks(range(len(bars)), list(bars))
-    right.invert_yaxis()
-    right.set(xlim=(0, 1), title="share of the time")
-    right.xaxis.set_major_formatter("{x:.0%}")
-    right.spines["left"].set_visible(False)
-    right.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=4, fontsize=8)
+    _draw_curves(left, report)
+    _draw_shares(right, report)
     figure.suptitle(tool.where(report, "precision", "compiled"), fontsize=8, color="#555555")
     return figure
+
+
+def _draw_curves(axis: Axes, report: tool.Report) -> None:
+    end, paper = max(part["ms"][-1] for part in report["attention"].values()), report["paper_ms"]
+    same = (report["size"], report["depth"], report["pixels"], report["batch"]) == ("base", 12, 224, 2048)
+    curves = {kind: (f"{kind} attention, here", part["ms"]) for kind, part in report["attention"].items()}
+    if same:
+        curves["paper"] = "paper, A100", paper
+    else:
+        curves["paper"] = "paper's ViT-base, A100, scaled to the same end", [end * ms / paper[-1] for ms in paper]
+    looks = {"unfused": (tool.COLOURS[0], "-", 4), "fused": (tool.COLOURS[2], "-", -10), "paper": ("#777777", "--", 4)}
+    for kind, (label, ms) in curves.items():
+        colour, line, shift = looks[kind]
+        axis.step(range(len(ms)), ms, where="mid", color=colour, label=label, linestyle=line)
+        axis.plot(range(len(ms)), ms, "o", color=colour, markersize=4)
+        if same or kind != "paper":
+            place = (len(ms) - 1, ms[-1])
+            axis.annotate(f"{ms[-1]:,.0f}", place, (5, shift), textcoords="offset points", color=colour)
+    axis.set_xticks(range(len(STEPS)), [STEPS[0], *(f"+ {step}" for step in STEPS[1:])], rotation=30, ha="right")
+    axis.set(ylabel="ms a batch, cumulative", ylim=(0, None), xlim=(-0.5, len(STEPS) - 0.1))
+    axis.set_title(f"ViT-{report['size']}, {report['depth']} layers, {report['batch']} images of {report['pixels']} px")
+    axis.legend(loc="upper left")
+    axis.grid(axis="y", alpha=0.25)
+
+
+def _draw_shares(axis: Axes, report: tool.Report) -> None:
+    bars = {"paper, A100": report["paper_ms"]}
+    bars |= {f"{kind}, here": part["ms"] for kind, part in report["attention"].items()}
+    for place, ms in enumerate(bars.values()):
+        start = 0.0
+        for (step, share), colour in zip(shares(ms)["share"].items(), SHADES, strict=True):
+            width = max(share, 0.0)  # a difference of two times can fall below zero by noise
+            axis.barh(place, width, left=start, color=colour, edgecolor="white", label=None if place else step)
+            if width > 0.055 and start + width / 2 < 1:
+                axis.text(start + width / 2, place, f"{share:.0%}", ha="center", va="center", fontsize=8)
+            start += width
+    axis.set_yticks(range(len(bars)), [f"{label}\n({ms[-1]:,.0f} ms)" for label, ms in bars.items()])
+    axis.invert_yaxis()
+    axis.set(xlim=(0, 1), title="share of the time")
+    axis.xaxis.set_major_formatter("{x:.0%}")
+    axis.spines["left"].set_visible(False)
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=4, fontsize=8)
 
 
 def make_parser() -> tool.Parser:

@@ -75,7 +75,7 @@ def shares(field: Tensor, centre: tuple[float, float]) -> dict[str, float]:
     sides, ring = distance.unique(return_inverse=True)
     held = torch.zeros(len(sides), dtype=torch.float64, device=field.device)
     held = held.index_add(0, ring, field.double().flatten()).cumsum(0)
-    area = torch.bincount(ring).cumsum(0) / field.numel()
+    area = torch.bincount(ring).cumsum(0).double() / field.numel()
     found = {}
     for threshold in THRESHOLDS:
         first = int((held >= threshold * held[-1] * (1 - 1e-9)).nonzero()[0])
