@@ -37,6 +37,8 @@ class Found:
     """Of a run: what made it."""
     data: Data | None = None
     """Of a run: its data."""
+    folder: Path | None = None
+    """Of a run: where it lies."""
 
     def noise(self, count: int) -> Tensor:
         """``(count, C, H, W)``, the same every time."""
@@ -159,7 +161,7 @@ def _of_run(path: Path) -> Found:
         model = fused()
     load_weights(model, file, "weights")
     shape = (data.channels, data.image_size, data.image_size)
-    return Found(f"{recipe.student.name} of {path}", model, shape, data.mean, data.std, recipe, data)
+    return Found(f"{recipe.student.name} of {path}", model, shape, data.mean, data.std, recipe, data, folder)
 
 
 def _line(error: Exception) -> str:

@@ -16,6 +16,7 @@ from typing import NoReturn
 VERBS = {
     "inspect": "the modules of a model: tap names, shapes, layouts, parameters, FLOPs",
     "pairs": "which layer of a teacher answers to which of a student: the plan, and how alike they are",
+    "export": "takes the student of a finished run away, checked against the run",
     "schema": "the JSON schema of a config, for editors",
 }
 """Verb to what it does; each is a file here, with ``arguments(parser)`` and ``run(options)``."""

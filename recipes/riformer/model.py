@@ -9,6 +9,7 @@ Sources: RIFormer, CVPR 2023, arXiv 2304.05659; PoolFormer, CVPR 2022, arXiv 211
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -158,6 +159,9 @@ class MetaFormer(Backbone):
         if intermediates_only:
             return outputs
         return (self.norm(x) if is_final else x), outputs
+
+    fused_arguments = MappingProxyType({"form": "full"})
+    """What `timm.create_model` needs besides, to build what `fused` returns."""
 
     def fused(self) -> "MetaFormer":
         """The model as it runs at inference, which `kdlib export` asks for: `fuse(self, "full")`, or itself where there

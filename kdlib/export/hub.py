@@ -1,0 +1,72 @@
+"""The folder that timm loads as ``local-dir:…`` and, once it lies on the Hugging Face hub, as ``hf-hub:…``."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import timm
+import torch
+from timm.models import save_for_hf
+
+from ..config import ConfigError
+from ..models import Found
+
+if TYPE_CHECKING:
+    from .formats import Context, Model
+
+
+def home(name: str) -> str | None:
+    """The module that must be imported before timm knows the architecture; None for timm's own."""
+    place = str(timm.models.model_entrypoint(name).__module__)
+    return None if place.startswith("timm.") else place
+
+
+def build_args(found: Found, extra: dict[str, Any]) -> dict[str, Any]:
+    """What ``timm.create_model`` takes beside the name: the recipe's arguments, classes and channels of the data."""
+    assert found.recipe is not None and found.data is not None
+    own = {key: value for key, value in found.recipe.student.arguments.items() if key != "pretrained"}
+    channels = {} if found.data.channels == 3 else {"in_chans": found.data.channels}
+    return {"num_classes": len(found.data.classes), **channels, **own, **extra}
+
+
+def write_folder(context: Context, folder: Path) -> None:
+    """``config.json`` (architecture, arguments, how images are prepared, class names), ``model.safetensors``."""
+    found, model = context.found, copy.deepcopy(context.model)
+    assert found.data is not None
+    model = model.to(memory_format=torch.contiguous_format)
+    prepared = {"mean": found.mean, "std": found.std, "input_size": found.shape, "num_classes": len(found.data.classes)}
+    named = {"architecture": context.name, "first_conv": None, "classifier": None}
+    kept: dict[str, Any] = dict(getattr(model, "pretrained_cfg", None) or {})
+    kept = {key: value for key, value in kept.items() if key not in ("url", "hf_hub_id", "tag", "label_names")}
+    setattr(model, "pretrained_cfg", named | kept | prepared)  # noqa: B010  a plain attribute, not a submodule
+    save_for_hf(
+        model,
+        str(folder),
+        model_config={"label_names": list(found.data.classes)},
+        model_args=build_args(found, context.arguments),
+        safe_serialization=True,
+    )
+
+
+def read_folder(context: Context, folder: Path) -> Model:
+    return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+
+
+def push(folder: Path, repository: str, private: bool = False) -> str:
+    """Uploads an exported folder to the Hugging Face hub and returns where it lies. Nothing else here uses a network.
+
+    Raises:
+        ConfigError: the hub refuses: no token, no right, no such owner, no network.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi(library_name="kdlib")
+    try:
+        where = api.create_repo(repository, private=private, exist_ok=True)
+        api.upload_folder(repo_id=where.repo_id, folder_path=str(folder), commit_message="Student distilled with kdlib")
+    except Exception as error:  # a dozen kinds from three libraries
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError([f"--push {repository}: refused ({reason}); `hf auth login` sets a token"]) from error
+    return str(where)
