@@ -86,16 +86,14 @@ def suggest(likeness: Tensor) -> list[tuple[int, int]]:
     return pairs[::-1]
 
 
-def as_yaml(pairs: Sequence[Pair], teacher: str = "teacher", adapter: bool = True) -> str:
-    """The pairs as terms of a recipe, a line each; ``teacher`` is its name there."""
-    extra = ", adapter: linear" if adapter else ""
-    names = [pair.student.replace(".", "_").replace(":", "_") for pair in pairs]
-    lines = [
-        f"  {name if name[0].isalpha() else f'tap_{name}'}: {{loss: feature_mse, student: {pair.student}, "
-        f"teacher: {teacher}.{pair.teacher}{extra}}}"
-        for name, pair in zip(names, pairs, strict=True)
-    ]
-    return "\n".join(["terms:", *lines])
+def as_yaml(pairs: Sequence[Pair], teacher: str = "teacher") -> str:
+    """The pairs as a term of a recipe; ``teacher`` is its name there."""
+    mine = ", ".join(pair.student for pair in pairs)
+    theirs = ", ".join(f"{teacher}.{pair.teacher}" for pair in pairs)
+    return (
+        "terms:\n  alike:\n    loss: feature_mse\n    adapter: linear    # where the shapes of a pair differ\n"
+        f"    student: [{mine}]\n    teacher: [{theirs}]"
+    )
 
 
 def draw(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ from conftest import ROOT
 from PIL import Image
 
 import recipes.riformer.model  # noqa: F401  registers the models
-from kdlib import cli
+from kdlib import cli, yaml12
 from kdlib.recipe import json_schema
 
 
@@ -129,9 +128,8 @@ def test_pairs_with_images_draws_the_likeness_and_suggests(ask, tmp_path: Path) 
     assert "CKA over 8 images of photos: 4 × 4 layers, drawn in a.png" in answer.out
     with Image.open(tmp_path / "a.png") as drawn:
         assert drawn.size[0] > 400 and len(drawn.convert("RGB").getcolors(1 << 24)) > 50
-    lines = [line for line in answer.out.splitlines() if "{loss: feature_mse" in line]
-    assert len(lines) == 4
-    assert re.search(r"stages_1_blocks_1: .*student: stages.1.blocks.1, teacher: teacher.stages.1.blocks.1", lines[-1])
+    pasted = yaml12.parse(answer.out.split("# to paste")[1].partition("\n")[2])["terms"]["alike"]
+    assert len(pasted["student"]) == 4 and pasted["teacher"][-1] == "teacher.stages.1.blocks.1"
     few = ask("pairs", "riformer_nano", "metaformer_id_nano", "--images", "photos", "--count", "20")
     assert few.code == 2 and "photos: holds 9 image files, 20 are asked for" in few.err
     (tmp_path / "photos" / "0.png").write_bytes(b"junk")

@@ -62,5 +62,5 @@ def test_the_lines_to_paste_are_a_recipe() -> None:
     document.overlay(yaml12.parse(text) | {"student": {"name": "resnet18"}}, "test")
     document.overlay({"teachers": {"big": {"name": "resnet34", "pretrained": True}}}, "test")
     terms = load(document).terms
-    assert set(terms) == {"layer1_0", "tap_0_conv_input"}
-    assert (terms["layer1_0"].student, terms["layer1_0"].teacher) == ("layer1.0", "big.layer1.2")
+    assert terms["alike"].student == ["layer1.0", "0.conv:input"]
+    assert terms["alike"].teacher == ["big.layer1.2", "big.b.1"] and terms["alike"].adapter == "linear"
