@@ -9,13 +9,11 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from . import checkpoint
 
-MODES = ("auto", "off", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
-GRAPHS = ("reduce-overhead", "max-autotune")
-"""Modes that record CUDA graphs: a step then costs the host one launch a graph, not one a kernel."""
+MODES = ("auto", "off", "default", "reduce-overhead", "max-autotune-no-cudagraphs", "graphs")
 
 
 def resolve(mode: str, device: torch.device) -> str | None:
@@ -42,14 +40,14 @@ def compile_whole(modules: Sequence[nn.Module], mode: str | None) -> None:
 
 
 def rehearse(
-    step: Callable[[], Tensor], modules: Sequence[nn.Module], mode: str, device: torch.device
+    step: Callable[[], object], modules: Sequence[nn.Module], mode: str, device: torch.device
 ) -> tuple[str | None, str]:
     """Compiles ``modules`` and runs ``step`` once, forward and backward, so that what cannot be compiled shows now.
 
     Buffers, gradients and random numbers are afterwards as they were before: a run is the same with and without it.
 
     Args:
-        step: one forward and backward of all of ``modules``; gives the loss.
+        step: one forward and backward of all of ``modules``.
 
     Returns:
         ``(mode in force, a line for people)``: if a module cannot be compiled whole, compilation is taken off and the
@@ -61,25 +59,33 @@ def rehearse(
     started = perf_counter()
     compile_whole(modules, mode)
     try:
-        with _unchanged(modules, device):
+        with unchanged(modules, device):
             step()
         return mode, f"compiled ({mode}), first step {perf_counter() - started:.0f} s"
     except Exception as error:  # the compiler's errors have no common class
-        reason = _reason(error)
+        why = reason(error)
     compile_whole(modules, None)
-    with _unchanged(modules, device):
+    with unchanged(modules, device):
         step()
-    return None, f"runs without torch.compile, which cannot take it whole: {reason}"
+    return None, f"runs without torch.compile, which cannot take it whole: {why}"
 
 
 def begin_step(mode: str | None) -> None:
-    """Tells recorded CUDA graphs that what the last step gave may be overwritten."""
-    if mode in GRAPHS:
+    """Tells the compiler's CUDA graphs that what the last step gave may be overwritten."""
+    if mode == "reduce-overhead":
         torch.compiler.cudagraph_mark_step_begin()
 
 
+def keep_gradients(module: nn.Module) -> None:
+    """Moves gradients out of the compiler's CUDA graphs, so that the next batch adds to them instead of over them."""
+    for parameter in module.parameters():
+        if parameter.grad is not None:
+            parameter.grad = parameter.grad.clone()
+
+
 @contextmanager
-def _unchanged(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
+def unchanged(modules: Sequence[nn.Module], device: torch.device, gradients: bool = True) -> Iterator[None]:
+    """Afterwards buffers and random numbers are as they were, and where ``gradients`` says so there are none."""
     buffers = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers()]
     draws = checkpoint.random_state(device)
     try:
@@ -88,12 +94,12 @@ def _unchanged(modules: Sequence[nn.Module], device: torch.device) -> Iterator[N
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)
-        for module in modules:
+        for module in modules if gradients else ():
             module.zero_grad(set_to_none=True)
         checkpoint.set_random_state(draws, device)
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     """The compiler's own first sentence, or that of what made it stop."""
     cause: Any = getattr(error, "inner_exception", None) or error
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]

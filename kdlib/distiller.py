@@ -192,6 +192,10 @@ class Distiller(nn.Module):
         """Term name to weight, without asking the device."""
         return dict(zip((term.name for term in self.terms), self._in_force, strict=True))
 
+    def live(self) -> tuple[str, ...]:
+        """The terms that are computed at present."""
+        return tuple(self.terms[i].name for i in self._live)
+
     def no_weight_decay(self) -> set[str]:
         """What the student asks timm's optimizers not to decay, under its name here."""
         asked = getattr(self.student, "no_weight_decay", None)

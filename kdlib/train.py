@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -18,6 +19,7 @@ from . import checkpoint, compiling
 from .data import Data, with_targets
 from .data import Loader as Batches
 from .distiller import Distilled, Distiller, Teacher
+from .graphs import Graphs, try_graphs
 from .progress import Bar, bar, say
 
 
@@ -54,6 +56,8 @@ class Training:
         first, step, result = self._resume()
         self.engine, self.prepared = self.accelerator.prepare(self.distiller, self.optimizer)
         self.mode = compiling.resolve(self.compile, self.accelerator.device)
+        self.graphs: Graphs | None = None
+        self.adds = False
         if self.mode is not None and first < self.epochs:
             self._compile(first)
         steps = len(self.data.train)
@@ -82,9 +86,14 @@ class Training:
         assert self.mode is not None
         self._set_epoch(epoch)
         self.engine.train()
-        batch = next(self._batches(epoch))
+        images, targets = next(self._batches(epoch))
         modules = [self.distiller] if self.teacher is None else [self.distiller, self.teacher]
-        self.mode, line = compiling.rehearse(lambda: self._backward(*batch).loss, modules, self.mode, batch[0].device)
+        if self.mode == "graphs":
+            graphs = Graphs(self._backward, modules, self.distiller.live, self.accumulate)
+            self.graphs, line = try_graphs(graphs, images, targets)
+        else:
+            backward = partial(self._backward, images, targets)
+            self.mode, line = compiling.rehearse(backward, modules, self.mode, images.device)
         say(f"{self.title}: {line}", self.accelerator.is_main_process)
 
     def _set_epoch(self, epoch: int) -> None:
@@ -117,11 +126,15 @@ class Training:
 
     def _step(self, images: Tensor, targets: dict[str, Tensor]) -> Distilled:
         with self.accelerator.accumulate(self.engine):
-            out = self._backward(images, targets)
+            out = self._backward(images, targets) if self.graphs is None else self.graphs(images, targets, self.adds)
+            self.adds = not self.accelerator.sync_gradients
+            if self.mode == "reduce-overhead" and self.adds:
+                compiling.keep_gradients(self.distiller)
             if self.clip_grad is not None and self.accelerator.sync_gradients:
                 self.accelerator.clip_grad_norm_(self.distiller.parameters(), self.clip_grad)
             self.prepared.step()
-            self.prepared.zero_grad()
+            if self.graphs is None:  # theirs live in recorded memory
+                self.prepared.zero_grad()
         return out
 
     def _backward(self, images: Tensor, targets: dict[str, Tensor]) -> Distilled:
