@@ -285,6 +285,9 @@ def test_a_complex_filter_is_the_real_one() -> None:
     assert any(isinstance(each, contestants.ComplexFilter) for each in other.modules())
     with torch.no_grad():
         torch.testing.assert_close(other(images), real(images), rtol=1e-4, atol=1e-5)
+    mixer, tokens = gfnet.GlobalFilter(3, (4, 5)), torch.randn(2, 20, 3)  # by itself: the next norm forgets its scale
+    with torch.no_grad():
+        torch.testing.assert_close(contestants.ComplexFilter(mixer)(tokens), mixer(tokens))
     half = contestants.build("gfnet_h_nano", "complex", 28, CPU, torch.bfloat16)
     assert half(images.bfloat16()).dtype == torch.bfloat16
     assert next(m.weight for m in half.modules() if isinstance(m, contestants.ComplexFilter)).dtype == torch.complex64
