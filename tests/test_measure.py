@@ -334,6 +334,12 @@ def test_only_what_cannot_win_is_skipped() -> None:
     )
 
 
+def test_the_goals_are_of_m36_and_s12_alone() -> None:
+    assert set(contestants.GOALS) == {
+        (f"riformer_{size}", rival) for size in ("m36", "s12") for rival in contestants.rivals(f"riformer_{size}")
+    }
+
+
 def test_ratios_are_of_each_models_best() -> None:
     rows = [
         row("eager-bf16-contiguous", 100.0),

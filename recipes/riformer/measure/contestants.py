@@ -17,8 +17,12 @@ PAPER = {
     "gfnet_h_b": 939.20,
 }  # fmt: skip
 """Images per second at 224 px, batch 2048, one A100 (RIFormer, CVPR 2023, Tab. 6; precision not stated)."""
-GOALS = {"poolformer": 1.5, "gfnet_h_b": 2.0}
-"""How many times as fast a fused RIFormer should be on one device, each model at its best setting."""
+GOALS = {
+    (f"riformer_{size}", rival): goal
+    for size in ("m36", "s12")
+    for rival, goal in ((f"poolformer_{size}", 1.5), ("gfnet_h_b", 2.0))
+}
+"""How many times as fast as its rivals a fused RIFormer is to be on one device, each model at its best setting."""
 FORMS = {
     "riformer": ("full", "norm", "train"),
     "poolformer": ("timm", "kdlib"),

@@ -36,7 +36,7 @@ def ratios(best: Sequence[tool.Report]) -> list[tool.Report]:
                 continue
             ratio = here[name] / here[rival]
             theirs = PAPER[name] / PAPER[rival] if name in PAPER and rival in PAPER else None
-            goal = contestants.GOALS.get(rival, contestants.GOALS.get(contestants.family(rival)))
+            goal = contestants.GOALS.get((name, rival))
             row = {"model": name, "against": rival, "ratio": ratio, "paper": theirs}
             found.append(
                 row | {"share_of_paper": theirs and ratio / theirs, "goal": goal, "reached": goal and ratio >= goal}
@@ -64,11 +64,19 @@ def show(report: tool.Report) -> str:
     return "\n".join(lines)
 
 
+def _by_size(row: tool.Report) -> tuple[bool, int, str]:
+    """RIFormer beside its PoolFormer, in the order of the paper's table, and all others last."""
+    head, _, size = row["model"].rpartition("_")
+    sizes = [name.rpartition("_")[2] for name in PAPER if name.startswith("riformer_")]
+    here = size in sizes and not head.startswith("gfnet")
+    return not here, sizes.index(size) if here else 0, "" if head == "riformer" else row["model"]
+
+
 def draw(report: tool.Report) -> Figure:
     """Left: images per second at each model's best setting. Right: the ratios, with the paper's and the goals."""
     from matplotlib import pyplot
 
-    best, pairs = sorted(report["best"], key=lambda row: row["model"]), report["ratios"]
+    best, pairs = sorted(report["best"], key=_by_size), report["ratios"]
     if not best:
         raise ValueError("no setting of any model ran, so there is nothing to draw; the JSON's rows say why")
     height = 1.6 + 0.42 * max(len(best), len(pairs))
@@ -82,7 +90,7 @@ def draw(report: tool.Report) -> Figure:
         if row["paper"]:
             left.plot([row["paper"]] * 2, [place - 0.4, place + 0.4], color="black", linewidth=1.5)
     left.set_yticks(range(len(best)), [row["model"] for row in best])
-    left.invert_yaxis()
+    left.set_ylim(len(best) - 0.5, -0.5)
     left.set(xlim=(0, 1.75 * max(row["images_per_second"] for row in best)), title="images/s (black: paper, A100)")
     for place, row in enumerate(pairs):
         colour = "#777777" if row["goal"] is None else tool.COLOURS[2] if row["reached"] else tool.COLOURS[1]
@@ -92,10 +100,11 @@ def draw(report: tool.Report) -> Figure:
         if row["paper"]:
             right.plot([row["paper"]] * 2, [place - 0.4, place + 0.4], color="black", linewidth=1.5)
     right.set_yticks(range(len(pairs)), [f"{row['model']} /\n{row['against']}" for row in pairs], fontsize=7.5)
-    right.invert_yaxis()
+    right.set_ylim(max(len(pairs), 1) - 0.5, -0.5)
     right.axvline(1, color="#999999", linewidth=0.8)
     right.set(
-        xlim=(0, 1.35 * max((row["ratio"] for row in pairs), default=1)), title="ratios (black: paper; green: reached)"
+        xlim=(0, 1.35 * max((row["ratio"] for row in pairs), default=1)),
+        title="ratios (black: paper; green, red: goal reached, missed)",
     )
     figure.suptitle(tool.where(report, "batch"), fontsize=8, color="#555555")
     return figure
