@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 from collections.abc import Mapping
+from importlib import metadata
 from typing import Any
 
+import torch
 from torch import nn
 
-from . import checkpoint
+from . import __version__, checkpoint
 from .config import ConfigError
 from .recipe import Recipe
 from .recipe.weights import load_weights
@@ -107,7 +110,16 @@ def finished(recipe: Recipe, student: nn.Module) -> tuple[dict[str, float], floa
 def finish(recipe: Recipe, student: nn.Module, result: Mapping[str, float], seconds: float) -> None:
     """Writes the trained weights and then the summary, which says that the run is finished."""
     checkpoint.save_weights(student, recipe.output / STUDENT)
-    checkpoint.write_json(recipe.output / SUMMARY, {"result": dict(result), "seconds": seconds})
+    made_with = versions(next(student.parameters()).device)
+    summary = {"result": dict(result), "seconds": seconds, "made_with": made_with}
+    checkpoint.write_json(recipe.output / SUMMARY, summary)
+
+
+def versions(device: torch.device) -> dict[str, str]:
+    """What computes here, in words: packages by name, and the device."""
+    found = {name: metadata.version(name) for name in ("torch", "timm", "accelerate")}
+    on = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({platform.machine()})"
+    return {"kdlib": __version__, "python": platform.python_version(), **found, "device": on}
 
 
 def _identity(plain: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ accelerate launch recipes/riformer/run.py [CONFIG.yaml …] [key=value …]
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import nn
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))  # so that `recipes` is found when this file is started as a script
 
-from kdlib import checkpoint, launch, results, runs  # noqa: E402
+from kdlib import checkpoint, launch, results, runfolder, runs  # noqa: E402
 from kdlib.progress import console, say  # noqa: E402
 from kdlib.recipe import Recipe  # noqa: E402
 from kdlib.train import evaluate  # noqa: E402
@@ -58,17 +59,16 @@ def conclude(outcome: runs.Outcome, fused: nn.Module, fused_top1: float, differe
     trained = {what: o.folder for what, o in parts.items() if what == "student" or o.folder != outcome.folder}
     results.curves(trained, outcome.folder / "curves.png")
     top1 = {row.what: row.top1 for row in rows}
-    summary = {
+    file = outcome.folder / runfolder.SUMMARY
+    summary = json.loads(file.read_text()) | {
         "teacher_top1": rows[0].top1 if outcome.teachers else None,
         "baseline_top1": top1.get("baseline"),
         "student_top1": top1["student"],
         "fused_top1": fused_top1,
         "fused_max_abs_diff": difference,
-        "seconds": outcome.seconds,
-        "result": outcome.result,
         "rows": [vars(row) for row in rows],
     }
-    checkpoint.write_json(outcome.folder / "summary.json", summary)
+    checkpoint.write_json(file, summary)
     console.print(results.table(rows, f"{outcome.data.name}, {outcome.seconds:.0f} s"))
     say(f"fused and unfused student differ by at most {difference:.1e} in any logit; all in {outcome.folder}/")
 

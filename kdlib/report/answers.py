@@ -1,0 +1,54 @@
+"""What the models of a run answer on its test set, and the images themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .opened import Opened
+
+
+@dataclass
+class Answers:
+    """What the models of a run answer on its test set."""
+
+    labels: Tensor
+    logits: dict[str, Tensor] = field(default_factory=dict)
+    """By ``Member.what``, ``(N, K)`` float32 on the CPU."""
+
+    def given(self, what: str) -> Tensor:
+        """The class that a model answers, ``(N,)``."""
+        return self.logits[what].argmax(1)
+
+    def right(self, what: str) -> Tensor:
+        return self.given(what) == self.labels
+
+
+@torch.no_grad()
+def answers(opened: Opened) -> Answers:
+    """Runs every model that is there over the test images, all of them on each batch."""
+    labels: list[Tensor] = []
+    logits: dict[str, list[Tensor]] = {member.what: [] for member in opened.members if member.net is not None}
+    for images, truth in opened.data.test.epoch(0):
+        labels.append(truth.cpu())
+        for member in opened.members:
+            if member.net is not None:
+                given = member.prepare(images) if member.prepare is not None else images
+                logits[member.what].append(member.net(given).float().cpu())
+    return Answers(torch.cat(labels), {what: torch.cat(parts) for what, parts in logits.items()})
+
+
+def test_images(opened: Opened, places: Sequence[int]) -> dict[int, Tensor]:
+    """Test images by place, uint8 ``(C, H, W)``, their normalisation undone."""
+    wanted, found, passed = set(places), dict[int, Tensor](), 0
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (opened.data.mean, opened.data.std))
+    for images, _ in opened.data.test.epoch(0) if wanted else ():
+        for place in sorted(p for p in wanted if passed <= p < passed + len(images)):
+            found[place] = ((images[place - passed].cpu() * std + mean) * 255).round().clamp(0, 255).byte()
+        passed += len(images)
+        if len(found) == len(wanted):
+            break
+    return found
