@@ -47,6 +47,7 @@ class Bin:
     """Share that is right, 0 to 1."""
     share: float
     """Of all answers, 0 to 1."""
+    count: int
 
 
 def reliability(logits: Tensor, labels: Tensor, bins: int = BINS) -> list[Bin]:
@@ -62,7 +63,7 @@ def reliability(logits: Tensor, labels: Tensor, bins: int = BINS) -> list[Bin]:
         inside = place == i
         if inside.any():
             share = inside.double().mean().item()
-            found.append(Bin(confidence[inside].mean().item(), right[inside].mean().item(), share))
+            found.append(Bin(confidence[inside].mean().item(), right[inside].mean().item(), share, int(inside.sum())))
     return found
 
 

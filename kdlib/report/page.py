@@ -33,7 +33,13 @@ def render(views: Sequence[View], device: torch.device) -> str:
     """The page. What comes from configs, folders and data is escaped; only our own SVG and CSS are not."""
     place = files(__package__) / "page"
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    environment.filters |= {"fixed": fixed, "signed": signed, "whole": whole, "bar": bar_of(views)}
+    environment.filters |= {
+        "fixed": fixed,
+        "signed": signed,
+        "whole": whole,
+        "breakable": breakable,
+        "bar": bar_of(views),
+    }
     lines = _once([line for view in views for line in view.lines])
     return environment.from_string((place / "report.html.jinja").read_text(encoding="utf-8")).render(
         views=views,
@@ -42,6 +48,7 @@ def render(views: Sequence[View], device: torch.device) -> str:
         accuracy=plots.curves(lines, "test top-1 (%)") if lines else "",
         accuracy_lines=lines,
         bins=figures.BINS,
+        few=plots.FEW,
         cka_images=similarity.IMAGES,
         differences=differences([runfolder.resolved(view.opened.recipe) for view in views], runfolder.NO_MATTER),
         versions=runfolder.versions(device),
@@ -92,6 +99,11 @@ def signed(value: float | None, digits: int) -> str:
 def whole(value: float | None) -> str:
     """``233,194``."""
     return "–" if value is None or math.isnan(value) else f"{value:,.0f}"
+
+
+def breakable(name: str) -> Markup:
+    """A model's name that may be broken after its underscores, escaped."""
+    return Markup("_<wbr>").join(name.split("_"))
 
 
 def bar_of(views: Sequence[View]) -> Any:

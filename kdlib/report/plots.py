@@ -18,6 +18,8 @@ from .figures import Bin
 INK, MUTED, RULE = "#00000a", "#00000b", "#00000c"
 """Stand for the page's colours until the SVG is written; the series are ``#000010`` and on."""
 SERIES = 8
+FEW = 10
+"""A bin of fewer answers is drawn hollow, since it may lie anywhere."""
 NAMES = {INK: "ink", MUTED: "muted", RULE: "rule"} | {f"#0000{16 + i:02x}": f"s{i}" for i in range(SERIES)}
 """Of the page's CSS variables."""
 DASHES = {"solid": "-", "dashed": (0, (4, 2)), "dotted": (0, (1, 1.6))}
@@ -103,9 +105,16 @@ def curves(lines: Sequence[Line], ylabel: str, log: bool = False) -> str:
                 axes.plot(x, y, color=colour(line.colour), linestyle=DASHES[line.dash], marker=mark, markersize=2.6)
         if log and any(value > 0 for line in lines for _, value in line.points):
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            axes.yaxis.set_minor_formatter(_few_minor)
         axes.set(xlabel="epoch", ylabel=ylabel)
         axes.xaxis.get_major_locator().set_params(integer=True)
     return found[0]
+
+
+def _few_minor(value: float, _: int) -> str:
+    """Between powers of ten, 2 and 5 are named."""
+    return f"{value:g}" if f"{value:e}"[0] in "25" else ""
 
 
 def diagram(bins: Sequence[Bin], number: int) -> str:
@@ -116,7 +125,14 @@ def diagram(bins: Sequence[Bin], number: int) -> str:
         heights = [b.share for b in bins]
         places = [b.confidence for b in bins]
         axes.bar(places, heights, width=0.035, color=RULE)
-        axes.plot(places, [b.accuracy for b in bins], color=colour(number), marker="o", markersize=3)
+        firm = [b for b in bins if b.count >= FEW]
+        axes.plot(
+            [b.confidence for b in firm], [b.accuracy for b in firm], color=colour(number), marker="o", markersize=3
+        )
+        rest = [b for b in bins if b.count < FEW]
+        axes.plot(
+            [b.confidence for b in rest], [b.accuracy for b in rest], "o", mec=colour(number), mfc="none", ms=3, mew=0.7
+        )
         axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="share right", aspect="equal")
         axes.set_xticks([0, 0.5, 1])
         axes.set_yticks([0, 0.5, 1])
