@@ -117,7 +117,7 @@ def finish(recipe: Recipe, student: nn.Module, result: Mapping[str, float], seco
 
 def versions(device: torch.device) -> dict[str, str]:
     """What computes here, in words: packages by name, and the device."""
-    found = {name: metadata.version(name) for name in ("torch", "timm", "accelerate")}
+    found = {"torch": torch.__version__} | {name: metadata.version(name) for name in ("timm", "accelerate")}
     on = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({platform.machine()})"
     return {"kdlib": __version__, "python": platform.python_version(), **found, "device": on}
 

@@ -17,6 +17,7 @@ VERBS = {
     "inspect": "the modules of a model: tap names, shapes, layouts, parameters, FLOPs",
     "pairs": "which layer of a teacher answers to which of a student: the plan, and how alike they are",
     "export": "takes the student of a finished run away, checked against the run",
+    "report": "what runs came to, as one HTML page",
     "schema": "the JSON schema of a config, for editors",
 }
 """Verb to what it does; each is a file here, with ``arguments(parser)`` and ``run(options)``."""

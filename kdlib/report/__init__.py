@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 
 from ..checkpoint import whole
+from ..config import ConfigError
+from ..recipe import weights
 from .opened import open_run
 from .page import render
 from .view import look
@@ -15,7 +17,7 @@ from .view import look
 __all__ = ["report"]
 
 
-def report(runs: Sequence[Path], out: Path) -> Path:
+def report(runs: Sequence[Path], out: Path, convert: weights.Convert | None = None) -> Path:
     """Writes the report of one run, or of several side by side, to ``out`` and returns that path.
 
     Every model of a run (teachers, baseline, student) goes over the run's test set once, here, on the GPU if there is
@@ -25,15 +27,16 @@ def report(runs: Sequence[Path], out: Path) -> Path:
     Args:
         runs: the folders of runs, as a recipe's ``output`` names them.
         out: the HTML file.
+        convert: for weight files of foreign names, as for ``runs.run``.
 
     Raises:
         ConfigError: a folder that holds no run, a config of it that cannot be read, data that cannot be opened; no run.
         OSError: ``out`` cannot be written; what was there before is untouched.
     """
     if not runs:
-        raise ValueError("report: no run was given; name the folder of at least one")
+        raise ConfigError(["report: no run was given; name the folder of at least one"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    views = [look(open_run(Path(run), device), i, len(runs) == 1) for i, run in enumerate(runs)]
+    views = [look(open_run(Path(run), device, convert), i, len(runs) == 1) for i, run in enumerate(runs)]
     page = render(views, device)
     out.parent.mkdir(parents=True, exist_ok=True)
     with whole(out) as draft:

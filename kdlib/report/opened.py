@@ -62,17 +62,32 @@ class Opened:
         return [*self.teachers.values(), *([self.baseline] if self.baseline else []), self.student]
 
 
-def open_run(folder: Path, device: torch.device) -> Opened:
+def open_run(folder: Path, device: torch.device, convert: weights.Convert | None = None) -> Opened:
     """Reads a run back. A model whose weights are gone is told as missing; all else goes on.
+
+    Args:
+        convert: as for ``runs.run``, for teachers from foreign files.
 
     Raises:
         ConfigError: the folder holds no run, its config cannot be read, or its data cannot be opened.
     """
     file = folder / runfolder.CONFIG
     if not file.is_file():
-        what = "no such folder" if not folder.exists() else f"holds no run (there is no {runfolder.CONFIG} in it)"
-        raise ConfigError([f"{folder}: {what}; give the folder that a recipe wrote, its output=…"])
-    recipe = load(read([str(file)])).model_copy(update={"output": folder})
+        what = (
+            f"{file} is missing"
+            if folder.is_dir()
+            else "it is a file"
+            if folder.exists()
+            else "there is no such folder"
+        )
+        raise ConfigError([f"{folder}: no run ({what}); name the folder of a run, a recipe's output=…"])
+    try:
+        recipe = load(read([str(file)])).model_copy(update={"output": folder})
+    except ConfigError as error:
+        if unknown := [line for line in error.lines if ": no model " in line]:
+            hint = "import the recipe that registers it first (kdlib report … --import recipes.NAME.run)"
+            raise ConfigError([f"{unknown[0].partition(';')[0]}; {hint}"]) from None
+        raise
     try:
         data = build.open_data(recipe, device, 0, 1)
     except ConfigError as error:
@@ -80,13 +95,13 @@ def open_run(folder: Path, device: torch.device) -> Opened:
     children = {at[:2]: runfolder.beside(child, recipe).output for at, child in load_children(recipe).items()}
     with seeded("report"):  # building models draws numbers; a caller's generators stay as they were
         teachers = {
-            name: _member(f"teacher {name}", spec, data, children.get(("teachers", name)))
+            name: _member(f"teacher {name}", spec, data, children.get(("teachers", name)), convert)
             for name, spec in recipe.teachers.items()
         }
         baseline = None
         if recipe.baseline is not None:
             baseline = _member("baseline", recipe.student, data, children[("baseline",)])
-        initial = _initial(recipe, data, teachers)
+        initial = _initial(recipe, data, teachers, convert)
         student = _member("student", recipe.student, data, folder)
     _prepare(recipe, data, teachers)
     opened = Opened(_name(folder), folder, recipe, data, student, teachers, baseline, initial, _summary(folder))
@@ -103,7 +118,7 @@ def _name(folder: Path) -> str:
     return folder.resolve().name or str(folder)
 
 
-def _member(what: str, spec: Named, data: Data, folder: Path | None) -> Member:
+def _member(what: str, spec: Named, data: Data, folder: Path | None, convert: weights.Convert | None = None) -> Member:
     """One model with its trained weights: those of its own run in ``folder``, or those that its spec names."""
     member = Member(what, spec.name, folder=folder)
     try:
@@ -111,7 +126,7 @@ def _member(what: str, spec: Named, data: Data, folder: Path | None) -> Member:
         if folder is not None:
             member.note = _restore(net, folder, what)
         elif (file := getattr(spec, "weights", None)) is not None:
-            weights.load_weights(net, file, what)
+            weights.load_weights(net, file, what, convert)
         member.net = net
     except (ConfigError, OSError, ValueError) as error:
         member.missing = " ".join(str(error).split())
@@ -136,13 +151,15 @@ def _restore(net: nn.Module, folder: Path, what: str) -> str:
     return f"from the checkpoint after epoch {state['epoch']}"
 
 
-def _initial(recipe: Recipe, data: Data, teachers: dict[str, Member]) -> nn.Module | None:
+def _initial(
+    recipe: Recipe, data: Data, teachers: dict[str, Member], convert: weights.Convert | None
+) -> nn.Module | None:
     """The student as ``runs.get_ready`` builds it, before training; None if what it started from is gone."""
     set_seed(recipe.seed)
     try:
         net = build.build_model(recipe.student, data, "student")
         if recipe.student.weights is not None:
-            weights.load_weights(net, recipe.student.weights, "student.weights")
+            weights.load_weights(net, recipe.student.weights, "student.weights", convert)
     except ConfigError:
         return None
     if recipe.student.init is not None:

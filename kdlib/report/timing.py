@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..config import ConfigError
+from ..data import with_targets
 from ..distiller import Distiller, Teacher
 from ..plan import fit
 from ..recipe import build
@@ -47,7 +48,8 @@ def time_step(opened: Opened) -> Step:
     device = next(student.parameters()).device
     prepare = {name: copy.deepcopy(m.prepare) for name, m in opened.teachers.items() if m.prepare is not None}
     images = next(data.train.epoch(0))[0]
-    plan = fit(build.build_terms(recipe, student, teachers), student, teachers, images[:2], prepare=prepare)
+    terms = build.build_terms(recipe, student, teachers, data.train.batches.images)
+    plan = fit(terms, student, teachers, images[:2], prepare=prepare)
     distiller = Distiller(student, plan.terms).to(device)
     teacher = Teacher(teachers, plan.terms, prepare=prepare).to(device) if teachers else None
     optimizer = build.build_optimizer(recipe.optimizer, distiller)
@@ -56,7 +58,7 @@ def time_step(opened: Opened) -> Step:
         teacher.set_epoch(0, recipe.epochs)
     taken: list[list[float]] = []
     began = perf_counter()
-    batches = iter(data.train.epoch(0))
+    batches = with_targets(data.train, [key for term in plan.terms for key in term.targets])
     for _ in range(min(STEPS + 1, len(data.train))):
         taken.append(_step(batches, teacher, distiller, optimizer, device))
         if perf_counter() - began > PATIENCE:
@@ -67,7 +69,7 @@ def time_step(opened: Opened) -> Step:
 
 
 def _step(
-    batches: Iterator[tuple[Tensor, Tensor]],
+    batches: Iterator[tuple[Tensor, dict[str, Tensor]]],
     teacher: Teacher | None,
     distiller: Distiller,
     optimizer: torch.optim.Optimizer,
@@ -75,9 +77,9 @@ def _step(
 ) -> list[float]:
     """Seconds of each part of one step."""
     marks = [_now(device)]
-    images, labels = next(batches)
+    images, targets = next(batches)
     marks.append(_now(device))
-    targets = {"@labels": labels} | (teacher(images) if teacher is not None else {})
+    targets = targets | (teacher(images) if teacher is not None else {})
     marks.append(_now(device))
     out = distiller(images, targets)
     marks.append(_now(device))
