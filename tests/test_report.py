@@ -17,6 +17,7 @@ from kdlib.config import ConfigError, read
 from kdlib.pairs import alike, blocks
 from kdlib.recipe import load
 from kdlib.report import figures, page, report
+from kdlib.report.answers import answers
 from kdlib.report.opened import open_run
 from kdlib.report.timing import PARTS, time_step
 from kdlib.report.view import View, look
@@ -255,6 +256,14 @@ def test_similarity_is_that_of_the_models_before_and_after(made: Path, outcome: 
     assert not torch.equal(view.alike[2]["values"], view.alike[3]["values"])
 
 
+def test_a_teacher_sees_the_images_as_it_expects_them(made: Path, told: dict) -> None:
+    opened = open_run(made, CPU)
+    opened.teachers["wide"].prepare = torch.nn.Threshold(float("inf"), 0.0)  # every image black
+    given = answers(opened).logits
+    assert len(given["teacher wide"].unique(dim=0)) == 1 < len(given["teacher twin"].unique(dim=0))
+    torch.testing.assert_close(given["student"], torch.tensor([logits for _, logits in told["student"]]))
+
+
 def test_a_step_is_timed_on_copies(made: Path) -> None:
     opened = open_run(made, CPU)
     before = {key: value.clone() for key, value in opened.student.net.state_dict().items()}
@@ -369,6 +378,8 @@ def test_the_calibration_error_is_the_mean_distance_from_the_line() -> None:
     bins = figures.reliability(logits, labels)
     assert [(round(b.confidence, 6), b.accuracy, b.count) for b in bins] == [(0.6, 0.5, 2), (0.9, 0.75, 4)]
     assert figures.ece(bins) == pytest.approx(100 * (2 * 0.1 + 4 * 0.15) / 6)
+    halves = figures.reliability(sure(0.5, 0.6), torch.tensor([0, 0]), bins=2)
+    assert [b.count for b in halves] == [1, 1], "the upper end belongs to a bin"
     certain = figures.reliability(torch.tensor([[100.0, -100.0]]), torch.tensor([0]))
     assert [(b.confidence, b.accuracy) for b in certain] == [(1.0, 1.0)] and figures.ece(certain) == 0
     assert figures.nll(sure(0.5), torch.tensor([1])) == pytest.approx(0.693147, abs=1e-5)
