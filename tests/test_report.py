@@ -175,12 +175,12 @@ def test_nothing_is_fetched_and_nothing_runs(html: str) -> None:
 
 def test_accuracy_gain_and_calibration_are_those_of_the_plain_definitions(html: str, told: dict) -> None:
     found = Page(html)
-    for what, answers in told.items():
-        right = [top(logits) == label for label, logits in answers]
+    for what, given in told.items():
+        right = [top(logits) == label for label, logits in given]
         cells = found.row("outcome", what)
         assert cells[0] == f"{share(right):.2f}", what
         error = 0.0
-        sure = [max(torch.tensor(logits, dtype=torch.float64).softmax(0).tolist()) for _, logits in answers]
+        sure = [max(torch.tensor(logits, dtype=torch.float64).softmax(0).tolist()) for _, logits in given]
         for i in range(15):
             inside = [j for j, confidence in enumerate(sure) if i / 15 < confidence <= (i + 1) / 15]
             if inside:
