@@ -167,7 +167,7 @@ def read(arguments: Iterable[str]) -> Document:
         if is_assignment(argument):
             document.assign(argument)
         elif argument.startswith("-"):
-            known = "--help, --print-config, --schema, --dry-run, --debug; values are written key=value"
+            known = "--help, --print-config, --schema, --dry-run, --quiet, --debug; values are written key=value"
             raise ConfigError([f"command line: unknown option {argument} (known: {known})"])
         else:
             document.overlay(*read_file(Path(argument)))

@@ -17,7 +17,7 @@ from .runfolder import resolved
 from .usage import usage
 from .yaml12 import dump
 
-FLAGS = ("--help", "-h", "--print-config", "--schema", "--dry-run", "--debug")
+FLAGS = ("--help", "-h", "--print-config", "--schema", "--dry-run", "--quiet", "--debug")
 WRONG_INPUT, FAILED, STOPPED = 2, 1, 130
 
 
@@ -31,11 +31,13 @@ def main(
 
     0 is done, 2 is a config or an input that is wrong, 1 a disk or a file system that failed (one line each on stderr),
     130 is Ctrl-C. ``default`` is read where no CONFIG is given. With ``--debug`` an error comes through as it is, with
-    ``--dry-run`` the plan of the run is printed instead of made; ``convert`` is what ``runs.run`` is given.
+    ``--quiet`` nothing but errors is said, with ``--dry-run`` the plan of the run is printed instead of made;
+    ``convert`` is what ``runs.run`` is given.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     flags = {flag for flag in arguments if flag in FLAGS}
     rest = [argument for argument in arguments if argument not in FLAGS]
+    console.quiet = "--quiet" in flags
     try:
         if flags & {"--help", "-h"}:
             print(usage(default))
@@ -43,10 +45,7 @@ def main(
         if "--schema" in flags:
             print(json.dumps(json_schema(), indent=1))
             return 0
-        files = [argument for argument in rest if not is_assignment(argument) and not argument.startswith("-")]
-        document = read(rest if files else [str(default), *rest])
-        if files and "output" not in document.data:
-            document.overlay({"output": f"runs/{'-'.join(Path(file).stem for file in files)}"}, COMMAND_LINE)
+        document = read_config(rest, default)
         recipe = load(document)
         if "--print-config" in flags:
             print(dump(resolved(recipe)), end="")
@@ -58,7 +57,7 @@ def main(
             else:
                 body(recipe)
         except ConfigError as error:
-            raise ConfigError(_with_origin(error.lines, document)) from error
+            raise ConfigError(with_origin(error.lines, document)) from error
     except Exception as error:
         if "--debug" in flags:
             raise
@@ -78,7 +77,20 @@ def main(
     return 0
 
 
-def _with_origin(lines: Iterable[str], document: Document) -> list[str]:
+def read_config(arguments: Sequence[str], default: Path | None = None) -> Document:
+    """The document of ``[CONFIG…] [key=value …]``; its output is named by its CONFIGs where nothing names it.
+
+    Raises:
+        ConfigError: as ``config.read``.
+    """
+    files = [argument for argument in arguments if not is_assignment(argument) and not argument.startswith("-")]
+    document = read(arguments if files or default is None else [str(default), *arguments])
+    if files and "output" not in document.data:
+        document.overlay({"output": f"runs/{'-'.join(Path(file).stem for file in files)}"}, COMMAND_LINE)
+    return document
+
+
+def with_origin(lines: Iterable[str], document: Document) -> list[str]:
     """Lines that begin with a key of the recipe get the file that said it in front."""
     keys = [(tuple(line.partition(":")[0].split(".")), line) for line in lines]
     return [f"{document.origin(key)}: {line}" if key[0] in Recipe.model_fields else line for key, line in keys]

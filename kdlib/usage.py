@@ -30,7 +30,8 @@ def usage(default: Path) -> str:
     sections = schema["$defs"] | {"": schema, "data": schema["properties"]["data"]}
     name = Path(sys.argv[0]).name
     lines = [
-        f"usage: {name} [CONFIG.yaml …] [key=value …] [--dry-run | --print-config | --schema | --help] [--debug]",
+        f"usage: {name} [CONFIG.yaml …] [key=value …] [--dry-run | --print-config | --schema | --help] "
+        "[--quiet] [--debug]",
         "",
         f"Without a CONFIG, {default.name} is read. Later wins; keys are dotted, a number is an index. For example:",
         f"  {name} epochs=20 optimizer.lr=2e-3 terms.soft.weight=0.5 data.name=folder data.root=~/images",
@@ -38,6 +39,7 @@ def usage(default: Path) -> str:
         "--dry-run       what would be trained, from whom and for how long; needs neither data nor weights",
         "--print-config  the whole recipe with all defaults, as a config that gives the same run",
         "--schema        the JSON schema of a recipe, for editors",
+        "--quiet         say nothing but errors; what is written is the same",
         "--debug         where an error came from",
     ]
     for section, title in SECTIONS.items():

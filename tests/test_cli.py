@@ -154,6 +154,21 @@ def test_an_error_that_is_none_of_the_config_has_its_own_code_and_debug_shows_it
     assert answer.code == 130 and answer.out.rstrip().endswith("To go on: accelerate launch run.py seed=3")
 
 
+def test_quiet_says_nothing_but_errors(ask) -> None:
+    from kdlib.progress import bar, say
+
+    def chatty(recipe: Recipe) -> None:
+        say("a line")
+        with bar("train", 2) as progress:
+            progress.advance()
+
+    assert "a line" in ask(body=chatty).out
+    answer = ask("--quiet", body=chatty)
+    assert (answer.code, answer.out, answer.err) == (0, "", "")
+    assert ask("--quiet", "epoch=3").err.startswith("command line: epoch: unknown key")
+    assert "a line" in ask(body=chatty).out, "and the next one speaks again"
+
+
 # processes of their own
 
 
