@@ -103,6 +103,7 @@ class Taps:
         sink, self._sink, self._stop_early = self._sink or {}, None, False
         if kind is None:
             self._check_all(sink)
+        self._versions = {}  # a compiled pass, which may follow, would look at them
         return kind is not None and issubclass(kind, EarlyStop)
 
     def _check_all(self, sink: dict[str, Tensor]) -> None:

@@ -135,3 +135,10 @@ def test_hooks_set_before_compiling_fire_in_one_graph(student: nn.Module, images
 
     for _ in range(2):
         torch.testing.assert_close(look(images), student.stages[0].blocks[0](student.stem(images)))
+
+
+def test_a_pass_that_ran_as_it_is_may_be_compiled_afterwards(student: nn.Module, images: Tensor) -> None:
+    taps = Taps(student.eval(), ["stages.0.blocks.0"])
+    _, plain = taps.watch(student, images)
+    look = torch.compile(lambda x: taps.watch(student, x)[1]["stages.0.blocks.0"], fullgraph=True, backend="eager")
+    torch.testing.assert_close(look(images), plain["stages.0.blocks.0"])
