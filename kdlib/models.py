@@ -19,6 +19,7 @@ from .recipe.wording import nearest
 from .runfolder import CONFIG, STUDENT
 from .yaml12 import YAMLError, parse
 
+IMPORT_HINT = "; models of a recipe need --import, e.g. --import recipes.riformer.run"
 REMOTE = ("hf-hub:", "local-dir:")
 
 
@@ -103,10 +104,7 @@ def _of_timm(spec: dict[str, Any]) -> nn.Module:
     name = str(spec["name"])
     if not name.startswith(REMOTE) and not timm.is_model(name):
         raise ConfigError(
-            [
-                f"{name}: no timm model, no file and no folder{nearest(name, timm.list_models())}; models of a recipe "
-                "need --import, e.g. --import recipes.riformer.run"
-            ]
+            [f"{name}: no timm model, no file and no folder{nearest(name, timm.list_models())}{IMPORT_HINT}"]
         )
     try:
         return timm.create_model(**{"model_name" if key == "name" else key: value for key, value in spec.items()})
@@ -152,8 +150,7 @@ def _of_run(path: Path) -> Found:
     try:
         recipe = load(document)
     except ConfigError as error:
-        hint = "; models of a recipe need --import, e.g. --import recipes.riformer.run"
-        raise ConfigError(f"{line}{hint if ': no model ' in line else ''}" for line in error.lines) from None
+        raise ConfigError(f"{line}{IMPORT_HINT if ': no model ' in line else ''}" for line in error.lines) from None
     data = build.open_data(recipe, torch.device("cpu"), 0, 1)
     model = build.build_model(recipe.student, data, "student")
     fused = getattr(model, "fused", None)

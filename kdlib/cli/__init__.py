@@ -11,11 +11,12 @@ from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from importlib import import_module
-from typing import NoReturn
+from typing import Any, NoReturn
 
 VERBS = {
     "inspect": "the modules of a model: tap names, shapes, layouts, parameters, FLOPs",
     "pairs": "which layer of a teacher answers to which of a student: the plan, and how alike they are",
+    "doctor": "examines a config before hours are spent on it",
     "export": "takes the student of a finished run away, checked against the run",
     "report": "what runs came to, as one HTML page",
     "schema": "the JSON schema of a config, for editors",
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         verb = _verb(given)
-        options = _parser(verb).parse_args(given[1:])
+        options = _parser(verb).parse_intermixed_args(given[1:])
     except SystemExit as end:  # argparse has said what there was to say
         return int(end.code or 0)
     from ..progress import console
@@ -119,7 +120,7 @@ def _import(names: Iterable[str]) -> None:
             raise ValueError(f"--import {name}: cannot be imported ({_line(error)}); start where it can be") from error
 
 
-def of_imports(options: Namespace, what: str) -> object | None:
+def of_imports(options: Namespace, what: str) -> Any:
     """The attribute ``what`` of the first imported module that has it, e.g. a recipe's ``convert``."""
     return next(
         (getattr(sys.modules[name], what) for name in options.imports if hasattr(sys.modules[name], what)), None

@@ -1,0 +1,120 @@
+"""Examines a recipe before hours are spent on it: teachers, terms, hooks, compilation, time and memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor
+
+from .. import runs
+from ..compiling import resolve
+from ..data import with_targets
+from ..distiller import Distiller, Teacher
+from ..plan import Plan
+from ..recipe import Recipe
+from ..recipe.weights import Convert, inherit
+from .balance import Weighed, weigh
+from .cost import Cost, estimate
+from .graph import Compiled, try_compile
+from .teachers import Examined, examine
+
+__all__ = ["Compiled", "Cost", "Diagnosis", "Examined", "Weighed", "as_assignments", "doctor"]
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What was found; nothing was written and nothing trained for good."""
+
+    plan: Plan
+    """Every pair; its taps fired in a dry run, and again in training mode."""
+    teachers: list[Examined]
+    terms: list[Weighed]
+    compiled: Compiled | None
+    cost: Cost
+    warnings: list[str]
+    """What should be looked at before the run starts."""
+
+
+def doctor(
+    recipe: Recipe,
+    accelerator: Accelerator | None = None,
+    convert: Convert | None = None,
+    *,
+    batches: int = 4,
+    images: int = 512,
+    backend: str | None = "aot_eager",
+) -> Diagnosis:
+    """Builds the run as it would be made, and looks at it.
+
+    Teachers that the run would train first are used as they are, untrained, unless their own run is finished.
+
+    Args:
+        accelerator: of one process; by default as a run starts it.
+        convert: as for ``runs.run``.
+        batches: over so many the terms are weighed, and so many steps are timed.
+        images: on so many test images teachers are measured.
+        backend: of ``torch.compile``, or None to leave compilation out.
+
+    Raises:
+        ConfigError: whatever a run of this recipe would refuse.
+    """
+    accelerator = accelerator or runs.start(recipe)
+    ready = runs.get_ready(recipe, accelerator, convert)
+    teachers = examine(ready, accelerator, images)
+    if recipe.student.init is not None:
+        inherit(ready.student, ready.panel[recipe.student.init])
+    set_seed(recipe.seed)
+    device, terms = accelerator.device, ready.plan.terms
+    distiller = Distiller(ready.student.to(device), terms).to(device)
+    teacher = Teacher(ready.panel, terms, prepare=ready.prepare).to(device) if ready.panel else None
+    given = list(_batches(ready, distiller, batches))
+    weighed = weigh(distiller, teacher, given, accelerator)
+    compiled = None if backend is None else try_compile(distiller, teacher, given[0], accelerator, backend)
+    cost = estimate(ready, distiller, teacher, accelerator, batches)
+    distiller.taps.remove()
+    warnings = list(_warnings(teachers, weighed))
+    if compiled is not None and compiled.error and resolve(recipe.compile.mode, device) is not None:
+        warnings.append(
+            f"compile.mode is {recipe.compile.mode}, but a step does not compile whole; it will run without"
+        )
+    return Diagnosis(ready.plan, teachers, weighed, compiled, cost, warnings)
+
+
+def _batches(ready: runs.Ready, distiller: Distiller, count: int) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    """The first training batches of a run, and those of later epochs where one has not enough."""
+    reads, epoch = [key for term in distiller.terms for key in term.targets], 0
+    while count > 0:
+        for batch in with_targets(ready.data.train, reads, epoch):
+            yield batch
+            count -= 1
+            if count == 0:
+                return
+        epoch += 1
+
+
+def _warnings(teachers: list[Examined], terms: list[Weighed]) -> Iterator[str]:
+    for one in teachers:
+        if one.top1 is None:
+            continue
+        if not one.trained:
+            yield f"teacher {one.name} is not trained yet ({one.source}); its terms say little before it is"
+        elif one.top1 < 2 * one.chance:
+            yield (
+                f"teacher {one.name} is right on {one.top1:.1f} %, by chance it would be on {one.chance:.1f} %: its "
+                "weights, its classes or its images are not what it was trained with (teachers.NAME.mean, .std, .size)"
+            )
+    for term in terms:
+        if term.gradient == 0:
+            yield f"term {term.name} does not move the student at all: its gradient is zero"
+        elif term.share > 0.95 and len(terms) > 1:
+            yield f"term {term.name} has {term.share:.0%} of the gradient; the others hardly count"
+        elif term.share < 0.01:
+            yield f"term {term.name} has {term.share:.2%} of the gradient; it hardly counts"
+
+
+def as_assignments(terms: list[Weighed]) -> str:
+    """The proposed weights as a command line says them."""
+    return " ".join(f"terms.{t.name}.weight={t.proposal:g}" for t in terms if t.proposal not in (None, t.weight))

@@ -1,0 +1,84 @@
+"""Does each teacher reach its accuracy under our preprocessing, and what is done to its images?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from .. import runfolder
+from ..adapters import Renormalize
+from ..runs import Ready
+
+
+@dataclass(frozen=True)
+class Examined:
+    """One teacher."""
+
+    name: str
+    model: str
+    source: str
+    """Where its weights come from."""
+    trained: bool
+    """Whether it has weights of any training."""
+    top1: float | None
+    """Percent of the test images; None where it tells other classes apart than the data."""
+    chance: float
+    """Percent that a guess would be right on."""
+    images: int
+    bridge: str
+    """What is done to the student's images before it sees them."""
+
+
+def examine(ready: Ready, accelerator: Accelerator, count: int) -> list[Examined]:
+    """Measures every teacher of a run; those whose own run is finished get the weights of it."""
+    found = []
+    for name, spec in ready.recipe.teachers.items():
+        member, source, trained = ready.panel[name], "timm's pretrained weights", True
+        if spec.weights is not None:
+            source = str(spec.weights)
+        elif (child := ready.teachers.get(name)) is not None:
+            trained = runfolder.finished(child.recipe, child.student) is not None
+            source = f"{child.recipe.output} (finished)"
+            if trained:
+                member.load_state_dict(child.student.state_dict())
+            else:
+                source = f"to be trained first, {child.recipe.epochs} epochs"
+        bridge = ready.prepare.get(name)
+        top1, images = _accuracy(member, bridge, ready, accelerator, count)
+        chance = 100 / len(ready.data.classes)
+        found.append(Examined(name, spec.name, source, trained, top1, chance, images, _told(bridge, ready)))
+    return found
+
+
+@torch.no_grad()
+def _accuracy(
+    model: nn.Module, bridge: nn.Module | None, ready: Ready, accelerator: Accelerator, count: int
+) -> tuple[float | None, int]:
+    """(percent right, or None; test images seen)."""
+    model.to(accelerator.device).eval()
+    bridge = bridge.to(accelerator.device) if bridge is not None else nn.Identity()
+    right = seen = 0
+    for images, labels in ready.data.test.epoch(0):
+        with accelerator.autocast():
+            logits = model(bridge(images))
+        if logits.shape[1] != len(ready.data.classes):
+            return None, 0
+        right += int((logits.argmax(1) == labels).sum())
+        seen += len(labels)
+        if seen >= count:
+            break
+    return 100 * right / seen, seen
+
+
+def _told(bridge: nn.Module | None, ready: Ready) -> str:
+    if not isinstance(bridge, Renormalize):
+        return "as the student's"
+    told = []
+    if float((bridge.scale - 1).abs().max()) > 0 or float(bridge.shift.abs().max()) > 0:
+        told.append("normalised anew")
+    if bridge.size is not None:
+        told.append(f"{ready.data.image_size} → {bridge.size[0]} px")
+    return ", ".join(told)

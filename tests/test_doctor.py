@@ -1,0 +1,160 @@
+"""What the doctor tells of a recipe is what a hand-written loop, the runs themselves and plain arithmetic say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from conftest import Tiny, randomise
+from torch import Tensor, nn
+
+import kdlib as kd
+import recipes.riformer.gfnet
+import recipes.riformer.model  # noqa: F401  registers the models
+from kdlib import cli
+from kdlib.doctor import Diagnosis, as_assignments, doctor
+from kdlib.doctor.balance import weigh
+from kdlib.doctor.cost import Cost, Phase
+from kdlib.doctor.graph import try_compile
+from kdlib.launch import read_config
+from kdlib.recipe import load
+
+
+def parts(student: nn.Module, teacher: nn.Module, mixer: float = 0.5) -> tuple[kd.Distiller, kd.Teacher]:
+    terms = [
+        kd.Term("label", kd.losses.CrossEntropy()),
+        kd.Term("soft", kd.losses.SoftTarget(2.0), weight=3.0),
+        kd.Term("mixer", kd.losses.FeatureMSE(), mixer, pairs=kd.pair(student, teacher, "stages.*.blocks.-1.mixer")),
+    ]
+    return kd.Distiller(student, terms), kd.Teacher(teacher, terms)
+
+
+@pytest.fixture
+def batch() -> tuple[Tensor, dict[str, Tensor]]:
+    return torch.randn(6, 3, 8, 8), {"@labels": torch.tensor([0, 1, 2, 3, 4, 0])}
+
+
+def flat(loss: Tensor, model: nn.Module) -> Tensor:
+    found = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True, allow_unused=True)
+    return torch.cat(
+        [(torch.zeros_like(p) if g is None else g).flatten() for g, p in zip(found, model.parameters(), strict=True)]
+    )
+
+
+def test_terms_are_weighed_as_by_hand(student: nn.Module, teacher: nn.Module, batch) -> None:
+    student.drop.p = 0.0
+    images, given = batch
+    distiller, ask = parts(student, teacher)
+    found = {term.name: term for term in weigh(distiller, ask, [batch, batch], Accelerator())}
+    taps = ["stages.0.blocks.1.mixer", "stages.1.blocks.1.mixer"]
+    with kd.Taps(student.train(), taps) as mine:
+        logits = student(images)
+    with kd.Taps(teacher, taps) as theirs, torch.no_grad():
+        answer = teacher(images)
+    losses = {
+        "label": F.cross_entropy(logits, given["@labels"]),
+        "soft": kd.losses.SoftTarget(2.0)(logits, answer),
+        "mixer": torch.stack([F.mse_loss(mine[tap], theirs[tap]) for tap in taps]).mean(),
+    }
+    task = flat(losses["label"], student)
+    norms = {name: float(flat(loss, student).norm()) for name, loss in losses.items()}
+    pull = {name: norms[name] * weight for name, weight in (("label", 1.0), ("soft", 3.0), ("mixer", 0.5))}
+    for name, loss in losses.items():
+        cosine = F.cosine_similarity(flat(loss, student), task, dim=0)
+        assert found[name].value == pytest.approx(loss.item(), rel=1e-4)
+        assert found[name].gradient == pytest.approx(norms[name], rel=1e-4)
+        assert found[name].cosine == pytest.approx(float(cosine), abs=1e-4)
+        assert found[name].share == pytest.approx(pull[name] / sum(pull.values()), rel=1e-4)
+        assert found[name].proposal == pytest.approx(pull["label"] / norms[name], rel=0.05)
+    assert found["label"].cosine == pytest.approx(1) and found["label"].proposal == 1
+    assert distiller.weights_in_force() == {"label": 1.0, "soft": 3.0, "mixer": 0.5}, "as they were"
+    assert all(p.grad is None for p in student.parameters())
+
+
+def test_the_proposal_makes_all_pull_alike(student: nn.Module, teacher: nn.Module, batch) -> None:
+    distiller, ask = parts(student, teacher)
+    first = weigh(distiller, ask, [batch], Accelerator())
+    assert max(term.share for term in first) > 0.45
+    terms = [kd.Term(t.name, t.loss, f.proposal, pairs=t.pairs) for t, f in zip(distiller.terms, first, strict=True)]
+    again = weigh(kd.Distiller(student, terms), kd.Teacher(teacher, terms), [batch], Accelerator())
+    assert [term.share for term in again] == pytest.approx([1 / 3] * 3, abs=0.02)
+    text = as_assignments(first)
+    assert "terms.label" not in text and text.startswith(f"terms.soft.weight={first[1].proposal:g} terms.mixer.weight=")
+
+
+def test_a_term_without_gradient_has_no_proposal(student: nn.Module, teacher: nn.Module, batch) -> None:
+    nothing = kd.Term("nothing", lambda s, t: (s * 0).sum())
+    terms = [kd.Term("soft", kd.losses.SoftTarget()), nothing]
+    found = weigh(kd.Distiller(student, terms), kd.Teacher(teacher, terms), [batch], Accelerator())
+    assert found[1].gradient == found[1].share == 0 and found[1].proposal is None
+
+
+def test_a_step_that_does_not_compile_says_why_and_runs_on(batch) -> None:
+    class Asks(Tiny):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * (1 if float(x.sum()) > 0 else 2)
+
+    student, teacher = randomise(Asks()), randomise(Tiny(), 2)
+    distiller, ask = parts(student, teacher)
+    found = try_compile(distiller, ask, batch, Accelerator(), "eager")
+    assert found.error and found.seconds > 0 and "\n" not in found.error
+    assert distiller(batch[0], ask(batch[0]) | batch[1]).loss.isfinite()
+    distiller, ask = parts(randomise(Tiny()), randomise(Tiny(), 2))
+    assert try_compile(distiller, ask, batch, Accelerator(), "eager").error == ""
+
+
+def test_time_is_counted_up() -> None:
+    child = Cost("teacher", [Phase(1, 10, ("label",), 0.1)], 100, 2.0, 1, 5.0, [])
+    whole = Cost("student", [Phase(1, 2, ("a", "b"), 0.5), Phase(3, 5, ("a",), 0.2)], 50, 3.0, 5, 9.0, [child])
+    assert child.seconds == pytest.approx(10 * 100 * 0.1 + 2)
+    assert whole.own == pytest.approx(2 * 50 * 0.5 + 3 * 50 * 0.2 + 15)
+    assert whole.seconds == pytest.approx(whole.own + child.seconds)
+
+
+@pytest.fixture(scope="module")
+def found(small_run: Path) -> Diagnosis:
+    """Of a recipe whose teachers are finished and whose student is not begun."""
+    torch.set_num_threads(1)
+    changes = [f"output={small_run.parent / 'another'}", "epochs=6", "terms.block.until=3", "terms.mixer.until=4"]
+    return doctor(load(read_config([str(small_run / "config.yaml"), *changes])), batches=2, backend=None)
+
+
+def test_finished_teachers_are_measured_as_their_runs_were(found: Diagnosis, small_run: Path) -> None:
+    for teacher in found.teachers:
+        folder = next(small_run.parent.glob(f"{teacher.model}-*"))
+        told = json.loads((folder / "summary.json").read_text())["result"]["top1"]
+        assert teacher.trained and teacher.images == 24 and teacher.top1 == pytest.approx(told)
+        assert teacher.bridge == "as the student's" and teacher.chance == pytest.approx(100 / 3)
+    assert not (small_run.parent / "another").exists()
+
+
+def test_the_schedule_is_timed_phase_by_phase(found: Diagnosis) -> None:
+    phases = [(phase.first, phase.last, phase.terms) for phase in found.cost.phases]
+    every = ("soft", "block", "mixer", "relation")
+    assert phases == [(1, 2, every), (3, 3, every[:3]), (4, 4, ("soft", "mixer")), (5, 6, ("soft",))]
+    assert all(phase.step > 0 for phase in found.cost.phases) and found.cost.steps == 4
+    assert [child.title for child in found.cost.children] == ["baseline"], "teachers are finished and take nothing"
+    assert found.cost.memory > 2**26 and found.cost.evaluations == 3  # eval_every is 2
+
+
+def test_the_command_tells_all_of_it_and_writes_nothing(
+    small_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    new = ["output=runs/new", "teachers.wide.size=36", "teachers.wide.image_size=36", "epochs=1"]
+    new.append("teachers.wide.recipe.data.image_size=36")
+    code = cli.main(["doctor", str(small_run / "config.yaml"), "--batches", "1", *new, "--compile", "off"])
+    answer = capsys.readouterr()
+    assert code == 0, answer.err
+    assert not answer.err and not list(tmp_path.iterdir())
+    for said in ("to be trained first, 1 epochs", "28 → 36 px", "balanced", "ms a step", "all of it:", "peak memory: "):
+        assert said in answer.out, said
+    assert "! teacher wide is not trained yet" in answer.out and "hooks: 10 taps in 7 pairs" in answer.out
+    assert cli.main(["doctor", str(small_run / "config.yaml"), "student.name=riformer_nan0"]) == 2
+    assert capsys.readouterr().err.startswith("command line: student.name: no model 'riformer_nan0'; did you mean")
+    assert cli.main(["doctor", "nowhere.yaml"]) == 2
+    assert "nowhere.yaml: cannot be read" in capsys.readouterr().err
