@@ -163,7 +163,11 @@ def _try(term: Term, mine: list[Tensor], theirs: list[Any], teacher: nn.Module) 
     loss = term.loss
     if hasattr(loss, "fit"):
         extra = {"head": _head(term, teacher)} if getattr(loss, "wants_head", False) else {}
-        loss.fit(mine, theirs, **extra) if term.lists else loss.fit(mine[0], theirs[0], **extra)
+        try:
+            for s, t in [(mine, theirs)] if term.lists else zip(mine, theirs, strict=True):
+                loss.fit(s, t, **extra)
+        except ValueError as error:
+            raise ValueError(f"term {term.name!r}: {error}") from None
     if term.against != ("teacher",):
         return
     training = getattr(loss, "training", False)

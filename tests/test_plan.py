@@ -10,7 +10,7 @@ from torch import Size, Tensor, nn
 
 import kdlib as kd
 from kdlib.adapters import find_layout, view_as
-from kdlib.losses import CrossEntropy, FeatureMSE, GramRelation, SoftTarget
+from kdlib.losses import CRD, VID, CrossEntropy, FeatureMSE, GramRelation, SoftTarget, VkD
 
 SQUARE, TALL = Size((2, 3, 64, 64)), Size((2, 3, 64, 48))
 
@@ -129,3 +129,14 @@ def test_misfits_are_found_before_training(
     assert kd.fit([stated], cube, teacher, images).rows[0].layouts == ("NCHW", "NCHW")
     with pytest.raises(ValueError, match="no adapter 'linaer'"):
         kd.fit([kd.Term("block", FeatureMSE(), pairs=block.pairs, adapter="linaer")], student, wide, images)
+
+
+@pytest.mark.parametrize("loss", [VID(), VkD(), CRD(40, 4, 8)], ids=lambda loss: type(loss).__name__)
+def test_a_loss_that_learns_serves_features_of_one_size(
+    loss: nn.Module, student: nn.Module, wide: nn.Module, images: Tensor
+) -> None:
+    blocks = kd.Term("blocks", loss, pairs=kd.pair(student, wide, "stages.*.blocks.-1"))
+    with pytest.raises(
+        ValueError, match=r"term 'blocks': \w+ was built for sizes .* give features of each size a loss"
+    ):
+        kd.fit([blocks], student, wide, images)

@@ -53,7 +53,10 @@ class Learned(Loss):
             self.size(*found)
             self.to((student[0] if isinstance(student, (list, tuple)) else student).device)
         elif self.sizes != found:
-            raise ValueError(f"{type(self).__name__} was built for sizes {self.sizes} and is given features of {found}")
+            raise ValueError(
+                f"{type(self).__name__} was built for sizes {self.sizes} and is given features of {found}; "
+                "give features of each size a loss, and so a term, of their own"
+            )
 
     def require_fit(self) -> None:
         """Raises ValueError before the parameters exist."""
