@@ -45,7 +45,9 @@ known. A dash in place of a reference means that no stored numbers exist: the pl
 `tests/losses_plain.py` is what such a loss, like all others, is compared with.
 
 Every loss returns a scalar of at least float32, whatever it is given and whatever autocast says, and gives the teacher
-no gradient. What each divides by, its smallest value and its errors are in its docstring.
+no gradient. In a loop of your own that compiles beside autocast, set `torch._functorch.config.backward_pass_autocast`
+to `"off"`, or torch compiles the backward pass in half precision. What each divides by, its smallest value and its
+errors are in its docstring.
 
 """
 

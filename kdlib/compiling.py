@@ -9,6 +9,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
+import torch._functorch.config as functorch
 from torch import nn
 
 from . import checkpoint
@@ -30,8 +31,12 @@ def resolve(mode: str, device: torch.device) -> str | None:
 def compile_whole(modules: Sequence[nn.Module], mode: str | None) -> None:
     """Compiles each module in place as one graph (``fullgraph``), or with mode None takes compilation off again.
 
-    Call it when all taps are set: a compiled module does not see hooks that come later.
+    Call it when all taps are set: a compiled module does not see hooks that come later. Backward passes are from now on
+    compiled without autocast, as they run when nothing is compiled; by default torch compiles them under the autocast
+    of the forward pass, and the float32 inside of losses would go backward in half precision.
     """
+    if mode is not None and hasattr(functorch, "backward_pass_autocast"):  # older releases have no such choice
+        functorch.backward_pass_autocast = "off"
     for module in modules:
         if mode is None:
             module._compiled_call_impl = None

@@ -19,7 +19,8 @@ class Term:
     """``weight · schedule(epoch) · reduce over pairs of loss(student tap, teacher tap)``.
 
     Raises:
-        ValueError: a name that is no plain word, no pairs, an unknown ``reduce``, a negative weight.
+        ValueError: a name that is no plain word, no pairs, an unknown ``reduce``, a negative weight, several pairs for
+            a loss that remembers images.
     """
 
     name: str
@@ -53,6 +54,11 @@ class Term:
             teacher = "@labels" if self.against == ("labels",) else "@output"
             object.__setattr__(self, "pairs", (Pair("@output", teacher),))
         object.__setattr__(self, "pairs", tuple(Pair(*pair) for pair in self.pairs))
+        if "indices" in self.against and len(self.pairs) > 1:
+            raise ValueError(
+                f"term {self.name!r}: its loss remembers one feature of each image, so it takes one pair, got "
+                f"{len(self.pairs)}; give each pair a term of its own"
+            )
         object.__setattr__(self, "view", self.view or getattr(self.loss, "view", "raw"))
 
     @property

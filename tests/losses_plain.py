@@ -277,13 +277,13 @@ def srrl(loss: Any, s: Tensor, t: Tensor) -> Tensor:
 
 
 @plain
-def simkd(loss: Any, s: Tensor, t: Tensor) -> Tensor:
+def sim_kd(loss: Any, s: Tensor, t: Tensor) -> Tensor:
     s, t = shrink(s, t)
     return (loss.project(s) - t).square().mean()
 
 
 @plain
-def vkd(loss: Any, s: Tensor, t: Tensor) -> Tensor:
+def vk_d(loss: Any, s: Tensor, t: Tensor) -> Tensor:
     t = t.mean(1)
     t = (t - t.mean(1, keepdim=True)) / (t.var(1, unbiased=False, keepdim=True) + 1e-5).sqrt()
     gap = (s.mean(1) @ loss.weight.T - t).abs()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import kdlib as kd
 from kdlib import compiling
-from kdlib.losses import FeatureMSE, SoftTarget
+from kdlib.losses import FeatureMSE, GramRelation, SoftTarget
 
 CPU = torch.device("cpu")
 
@@ -112,3 +112,24 @@ def test_a_compiled_step_is_the_plain_one(images: Tensor) -> None:
         gradients.append([loss, *(p.grad for p in student.parameters())])
     for plain, compiled in zip(*gradients, strict=True):
         torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-6)
+
+
+def test_losses_keep_their_precision_backward_beside_autocast(images: Tensor) -> None:
+    """The student's gradient of a Gram under autocast is that of the run that is not compiled."""
+    model = randomise(Tiny(), 9)
+    found = []
+    for mode in (None, "aot_eager"):
+        student = randomise(Tiny(), 1)
+        student.drop.p = 0.0
+        terms = [kd.Term("relation", GramRelation(), pairs=kd.pair(student, model, "stages.*.blocks.-1"))]
+        distiller = kd.Distiller(student, terms)
+        compiling.compile_whole([], "default")  # as a run that is compiled does
+        if mode is not None:
+            distiller.compile(fullgraph=True, backend=mode)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = distiller(images, kd.Teacher(model, terms)(images)).loss
+        loss.backward()
+        found.append([torch.zeros_like(p) if p.grad is None else p.grad for p in distiller.parameters()])
+    assert any(plain.abs().max() > 0 for plain in found[0])
+    for plain, compiled in zip(*found, strict=True):
+        assert (plain - compiled).abs().max() <= 1e-5 * plain.abs().max()

@@ -31,6 +31,7 @@ def test_what_is_public_is_the_catalogue_and_its_tools():
     assert set(losses.__all__) == tools | {loss.__name__ for loss in LOSSES.values()}
     for name, loss in LOSSES.items():
         assert name.replace("_", "") == loss.__name__.lower()
+    assert {"sim_kd", "vk_d", "review_kd", "rkd_distance", "feature_mse", "cckd"} <= LOSSES.keys(), "snake_case"
 
 
 def test_importing_losses_stays_light():

@@ -10,7 +10,7 @@ from torch import Size, Tensor, nn
 
 import kdlib as kd
 from kdlib.adapters import find_layout, view_as
-from kdlib.losses import CRD, VID, CrossEntropy, FeatureMSE, GramRelation, SoftTarget, VkD
+from kdlib.losses import CRD, OFD, VID, CrossEntropy, FeatureMSE, GramRelation, SoftTarget, VkD
 
 SQUARE, TALL = Size((2, 3, 64, 64)), Size((2, 3, 64, 48))
 
@@ -131,7 +131,7 @@ def test_misfits_are_found_before_training(
         kd.fit([kd.Term("block", FeatureMSE(), pairs=block.pairs, adapter="linaer")], student, wide, images)
 
 
-@pytest.mark.parametrize("loss", [VID(), VkD(), CRD(40, 4, 8)], ids=lambda loss: type(loss).__name__)
+@pytest.mark.parametrize("loss", [VID(), VkD(), OFD()], ids=lambda loss: type(loss).__name__)
 def test_a_loss_that_learns_serves_features_of_one_size(
     loss: nn.Module, student: nn.Module, wide: nn.Module, images: Tensor
 ) -> None:
@@ -140,3 +140,8 @@ def test_a_loss_that_learns_serves_features_of_one_size(
         ValueError, match=r"term 'blocks': \w+ was built for sizes .* give features of each size a loss"
     ):
         kd.fit([blocks], student, wide, images)
+
+
+def test_a_loss_that_remembers_images_takes_one_pair(student: nn.Module, teacher: nn.Module) -> None:
+    with pytest.raises(ValueError, match=r"term 'crd': its loss remembers one feature of each image.*got 2; give each"):
+        kd.Term("crd", CRD(40, 4, 8), pairs=kd.pair(student, teacher, "stages.*.blocks.-1"))

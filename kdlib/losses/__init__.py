@@ -107,10 +107,8 @@ for _loss in (
     *(Standardized, LearnableTemperature, TopK),
     # between features
     *(FeatureMSE, CosineDistance, AttentionTransfer, ChannelWise, ChannelMean, PKD, NST),
-    *(FSP, HierarchicalContext, ReviewKD, MGD, VID, OFD, SRRL),
+    *(FSP, HierarchicalContext, ReviewKD, MGD, VID, OFD, SimKD, SRRL, VkD),
     # between relations
     *(GramRelation, ICKD, SimilarityPreserving, RKDDistance, RKDAngle, PKT, CorrelationCongruence, CCKD, InfoNCE, CRD),
 ):
     register(_loss)
-register(SimKD, name="simkd")
-register(VkD, name="vkd")

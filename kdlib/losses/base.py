@@ -137,6 +137,9 @@ def full_precision(forward: Compute) -> Compute:
 
     Half-precision Grams and distances overflow or lose every digit, and under autocast even a float32 matrix product is
     rounded to bfloat16. float64 stays float64. Inputs may be tensors or lists of tensors.
+
+    ``torch.compile`` compiles the backward pass under the autocast of the forward pass, unless
+    ``torch._functorch.config.backward_pass_autocast`` is ``"off"``, as kdlib's own loop sets it.
     """
 
     @wraps(forward)

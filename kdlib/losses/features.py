@@ -16,7 +16,8 @@ class FeatureMSE(Loss):
     """``(student − teacher)²``, mean over all elements.
 
     Shapes: student and teacher of one shape, read as tokens ``(B, N, C)`` unless the term says otherwise.
-    Floor: 0. No labels. This is the imitation term of RIFormer, on block outputs and on token mixers alike.
+    Floor: 0. No labels. This is the imitation term of RIFormer, on block outputs and on token mixers alike. FitNets
+    writes half the squared norm, its sum over elements.
 
     Args:
         normalize: what is done to both sides first. ``"l2"``: each position's channels to unit length; ``"layer"``:

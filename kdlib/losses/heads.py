@@ -18,6 +18,8 @@ class SimKD(HoldsHead):
     ``C' / factor`` channels within. At inference the student keeps it: ``predict`` gives the logits, through the
     projector and a frozen copy of the teacher's head, and what is exported must contain both.
 
+    The paper writes the squared norm, a sum over elements.
+
     Shapes: last maps before pooling, student ``(B, C, H, W)``, teacher ``(B, C', H', W')``; of two grids the larger is
     averaged down. Learns the projector; its batch norms use the batch's statistics while training. Floor: 0. No labels.
 

@@ -19,8 +19,9 @@ class FSP(Loss):
     r"""``(F_s − F_t)²`` of the flows between consecutive levels, mean over entries and samples, sum over flows.
 
     The flow from level ``k`` to ``k + 1`` is ``F = f_kᵀ f_{k+1} / (H · W)``, a ``C_k × C_{k+1}`` matrix a sample; where
-    the two grids differ, the larger map is averaged down. ``variant="code"``: the published implementations take the
-    mean over the entries of the matrix; ``variant="paper"``: the paper takes their sum.
+    the two grids differ, the larger map is averaged down (other code takes the maximum). ``variant="code"``: the
+    published implementations take the mean over the entries of the matrix; ``variant="paper"``: the paper takes their
+    sum.
 
     Shapes: lists of at least two maps ``(B, C_k, H_k, W_k)``, shallow to deep, with the student's channels equal to the
     teacher's. Floor: 0. No labels.

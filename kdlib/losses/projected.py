@@ -84,7 +84,7 @@ class VID(Learned):
     r"""``½ ((μ(student) − teacher)² / v + log v)``, mean over elements: a Gaussian around what the student predicts.
 
     ``μ`` is three 1×1 convolutions with ReLU between; ``v = softplus(ρ) + eps`` is learned, one variance for each of
-    the teacher's channels. The constant ``log 2π`` is left out.
+    the teacher's channels. The constant ``log 2π`` is left out, and the paper sums over elements.
 
     Shapes: student map ``(B, C, H, W)``, teacher map ``(B, C', H', W')``; of two grids the larger is averaged down.
     Learns ``μ`` and ``ρ``. Floor: ``½ log eps``, where ``μ`` is the teacher's map and ``v`` is down to ``eps``; the

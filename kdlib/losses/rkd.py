@@ -13,8 +13,9 @@ from .checks import check_embeddings
 class RKDDistance(Loss):
     r"""``smooth-L1(d_s / mean d_s, d_t / mean d_t)`` of the distances ``d`` between samples, beta 1, mean over pairs.
 
-    The mean is over all ``B²`` pairs, the zero diagonal included, as published; the mean distance, over others. No two
-    samples count as closer than 1e-6. The published weight is 25.
+    The mean is over all ``B²`` pairs, the zero diagonal included, as in the authors' code, where the paper has the sum
+    over pairs, ``B²`` times as much; the mean distance is over pairs of two samples. No two samples count as closer
+    than 1e-6. The code's weight is 25.
 
     Shapes: student ``(B, D)``, teacher ``(B, D')``. Floor: 0, where the configurations are similar. No labels. A batch
     of one has no pair: the value is 0.
@@ -40,8 +41,9 @@ class RKDDistance(Loss):
 class RKDAngle(Loss):
     r"""``smooth-L1(⟨e_ij, e_ik⟩_s, ⟨e_ij, e_ik⟩_t)``: cosines of the angles at each sample between any two others.
 
-    Beta is 1, and ``e_ij = (x_j − x_i) / |x_j − x_i|``, zero where the two coincide. Mean over all ``B³``
-    triples, degenerate ones included, as published. The published weight is 50. The dot products come from the Gram
+    Beta is 1, and ``e_ij = (x_j − x_i) / |x_j − x_i|``, zero where the two coincide. Mean over all ``B³`` triples,
+    degenerate ones included (they add nothing), as in the authors' code, where the paper has the sum over triples,
+    ``B³`` times as much. The code's weight is 50. The dot products come from the Gram
     matrix of the centred embeddings, ``G_jk − G_ij − G_ik + G_ii``, so no ``B × B × D`` tensor is made.
 
     Shapes: student ``(B, D)``, teacher ``(B, D')``. Floor: 0, where the configurations are similar. No labels.
