@@ -78,13 +78,14 @@ def test_nobody_asks_nothing_is_sent(folder: Path) -> None:
 # in a recipe
 
 
-def remembering(output: Path, *more: str, epochs: int = 3) -> Recipe:
-    """A student and its teacher, on 40 images; the memory's size is nowhere said."""
+def remembering(root: Path, output: Path, *more: str, epochs: int = 3) -> Recipe:
+    """A student and its teacher, on 24 images; the memory's size is nowhere said."""
     crd = "crd: {loss: {name: crd, dim: 4, negatives: 10}, teacher: twin, weight: 0.1}"
     terms = f"terms={{{crd}, label: {{loss: cross_entropy}}}}"
     children = ["baseline=null", "teachers={wide: null}", "teachers.twin.recipe.epochs=1"]
     drop = [f"terms.{name}=null" for name in ("soft", "block", "mixer", "relation")]
-    settings = ["data={limit: 40, batch_size: 8}", f"epochs={epochs}", "threads=1", f"output={output}"]
+    of = f"data={{name: folder, root: '{root}', image_size: 28, limit: 24, batch_size: 8, workers: 0}}"
+    settings = [of, f"epochs={epochs}", "threads=1", f"output={output}"]
     warm = ["schedule.warmup_epochs=0", "teachers.twin.recipe.schedule.warmup_epochs=0"]
     return load(read([DEFAULT, *drop, terms, *children, *settings, *warm, *more]))
 
@@ -96,13 +97,13 @@ def memory(folder: Path) -> dict[str, Tensor]:
 
 
 def test_a_recipe_sizes_the_memory_and_stopped_it_ends_bit_identical(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    straight = runs.run(remembering(tmp_path / "a" / "r"))
+    straight = runs.run(remembering(folder, tmp_path / "a" / "r"))
     kept = memory(tmp_path / "a" / "r")
     assert {name: tuple(x.shape) for name, x in kept.items() if "memory" in name} == {
-        "losses.crd.memory_student": (40, 4),
-        "losses.crd.memory_teacher": (40, 4),
+        "losses.crd.memory_student": (24, 4),
+        "losses.crd.memory_teacher": (24, 4),
     }
     assert (kept["losses.crd.z"] > 0).all()
     save = checkpoint.save
@@ -115,19 +116,19 @@ def test_a_recipe_sizes_the_memory_and_stopped_it_ends_bit_identical(
 
     monkeypatch.setattr(checkpoint, "save", once)
     with pytest.raises(KeyboardInterrupt):
-        runs.run(remembering(tmp_path / "b" / "r"))
+        runs.run(remembering(folder, tmp_path / "b" / "r"))
     monkeypatch.undo()
     torch.randn(3)
     middle = memory(tmp_path / "b" / "r")
-    resumed = runs.run(remembering(tmp_path / "b" / "r"))
+    resumed = runs.run(remembering(folder, tmp_path / "b" / "r"))
     again = memory(tmp_path / "b" / "r")
     assert kept.keys() == again.keys() and all(torch.equal(kept[name], again[name]) for name in kept)
     assert not torch.equal(middle["losses.crd.memory_student"], kept["losses.crd.memory_student"]), "it moves"
     assert resumed.result == straight.result
 
 
-def test_a_memory_of_another_size_is_told(tmp_path: Path) -> None:
+def test_a_memory_of_another_size_is_told(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
-        runs.run(remembering(tmp_path / "r", "terms.crd.loss.samples=9"))
-    assert caught.value.lines == ["terms.crd.loss.samples: the data train on 40 images (got 9); leave it out"]
+        runs.run(remembering(folder, tmp_path / "r", "terms.crd.loss.samples=9"))
+    assert caught.value.lines == ["terms.crd.loss.samples: the data train on 24 images (got 9); leave it out"]
     assert not list(tmp_path.iterdir())
