@@ -12,12 +12,14 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import timm
 import torch
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from recipes.riformer.backbone import Backbone, expect
+from recipes.riformer.convert import convert
 from recipes.riformer.fusion import AFFINE_INITS, BLOCKS, FOLDS, MIXERS, BlockArgs, fuse_block, make_mixer
 
 __all__ = ["MetaFormer", "fuse"]
@@ -216,6 +218,10 @@ class Size(NamedTuple):
     image_size: int = 224
     crop_pct: float = 0.9
 
+    def like(self, other: "Size") -> "Size":
+        """This size with the depths of `other`, and its widths in the proportion of this one to S12."""
+        return self._replace(depths=other.depths, dims=tuple(dim * self.dims[0] // 64 for dim in other.dims))
+
 
 SIZES = {
     "s12": Size((2, 2, 6, 2), (64, 128, 320, 512), 1e-5),
@@ -226,6 +232,8 @@ SIZES = {
     "nano": Size((2, 2), (48, 96), 0.1, image_size=28, crop_pct=1.0),
     "micro": Size((2, 2, 6, 2), (32, 64, 160, 256), 0.1, image_size=64, crop_pct=1.0),
 }
+VARIANTS = ("s12", "s24", "s36", "m36", "m48")
+"""The papers' sizes: what `variant` of `riformer`, `riformer_micro` and their relatives may be."""
 FAMILIES = {"riformer": "affine", "metaformer_pool": "pool", "metaformer_id": "identity"}
 
 
@@ -249,22 +257,48 @@ def refuse_pretrained(name: str, pretrained: bool) -> None:
         )
 
 
-def _entry(name: str, token_mixer: str, size: Size) -> Callable[..., nn.Module]:
-    def build(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        refuse_pretrained(name, pretrained and not kwargs.get("pretrained_cfg"))  # a folder or hub page has weights
+def published_weights(variant: str) -> dict[str, Tensor]:
+    """PoolFormer's weights of one size in our names, by timm, which downloads them once."""
+    return convert(timm.create_model(f"poolformer_{variant}", pretrained=True).state_dict())
+
+
+def _published(model: MetaFormer, variant: str) -> MetaFormer:
+    """`model` with PoolFormer's published weights; its head too, where that has ImageNet's classes."""
+    state = published_weights(variant)
+    if model.in_chans != 3:
+        raise ValueError(f"pretrained=True: the weights are for images of 3 channels (got in_chans={model.in_chans})")
+    if model.num_classes != len(state["head.bias"]):
+        state = {name: value for name, value in state.items() if not name.startswith("head.")}
+    model.load_state_dict(state, strict=len(state) == len(model.state_dict()))
+    return model
+
+
+def _entry(name: str, token_mixer: str, key: str) -> Callable[..., nn.Module]:
+    """What timm calls to build the model `name`; `key` is a size, or "" for any of the papers' sizes by `variant`."""
+
+    def build(pretrained: bool = False, variant: str | None = None, **kwargs: Any) -> nn.Module:
+        size = SIZES[key or "s12"]
+        if variant is not None:
+            expect(f"variant of {name}", variant, VARIANTS if key in ("", "micro") else (None,))
+            size = size.like(SIZES[variant]) if key else SIZES[variant]
+        paper = variant or key or "s12"
+        pool = token_mixer == "pool" and key != "micro" and paper in VARIANTS
+        if not pool:
+            refuse_pretrained(name, pretrained)
         arch: dict[str, Any] = {"token_mixer": token_mixer, "depths": size.depths, "dims": size.dims}
         features = {"out_indices": tuple(range(len(size.depths))), "feature_cls": "getter"}
         arguments = arch | {"layer_scale_init": size.layer_scale_init} | kwargs
-        return build_model_with_cfg(MetaFormer, name, pretrained, feature_cfg=features, **arguments)
+        model = build_model_with_cfg(MetaFormer, name, False, feature_cfg=features, **arguments)
+        return _published(model, paper) if pretrained else model
 
     build.__name__ = build.__qualname__ = name
-    build.__doc__ = f"MetaFormer({token_mixer!r}, {size.depths}, {size.dims}) for timm.create_model."
+    build.__doc__ = f"MetaFormer({token_mixer!r}) of size {key or 'variant'} for timm.create_model."
     return build
 
 
-_TABLE: Mapping[str, tuple[str, Size]] = {
-    f"{family}_{key}": (mixer, size) for family, mixer in FAMILIES.items() for key, size in SIZES.items()
+_TABLE: Mapping[str, tuple[str, str]] = {
+    f"{family}_{key}".rstrip("_"): (mixer, key) for family, mixer in FAMILIES.items() for key in ("", *SIZES)
 }
-default_cfgs = generate_default_cfgs({name: model_cfg(size) for name, (_, size) in _TABLE.items()})
-for _name, (_token_mixer, _size) in _TABLE.items():
-    globals()[_name] = register_model(_entry(_name, _token_mixer, _size))
+default_cfgs = generate_default_cfgs({name: model_cfg(SIZES[key or "s12"]) for name, (_, key) in _TABLE.items()})
+for _name, (_token_mixer, _key) in _TABLE.items():
+    globals()[_name] = register_model(_entry(_name, _token_mixer, _key))
