@@ -37,7 +37,7 @@ def test_every_file_has_a_caption_and_every_caption_a_file() -> None:
     for top in SHOWN:
         for path in (ROOT / top).rglob("*"):
             place = path.relative_to(ROOT)
-            hidden = {"__pycache__", "goldens", "results", "runs"} & set(place.parts)
+            hidden = {"__pycache__", "goldens", "results", "runs", "rows"} & set(place.parts)
             if path.suffix in (".py", ".yaml", ".md") and not hidden:
                 assert captions.get(str(place)) or place.name == "__init__.py", (
                     f"{place} has no caption in README's tree"

@@ -1,0 +1,229 @@
+"""Every row of the paper is a config at three scales: all are dry-run, and say what the paper's tables say."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from kdlib import runs, schedules
+from kdlib.config import read
+from kdlib.dryrun import Nowhere, dry_run
+from kdlib.recipe import Recipe, build, load, load_children, weights
+from kdlib.runfolder import beside, resolved
+from recipes.riformer import gfnet, model  # noqa: F401  registers the models
+from recipes.riformer.convert import convert
+from tests.conftest import ROOT, randomise
+
+HERE = ROOT / "recipes" / "riformer"
+ROWS = sorted(path.stem for path in (HERE / "configs" / "rows").glob("*.yaml"))
+SCALES = ("fashion_mnist_5k", "fashion_mnist", "imagenet")
+NUMBERS = ("epochs", "optimizer", "schedule", "eval_every", "output")
+"""Keys that change no tensor."""
+
+
+def regime(row: str) -> str:
+    """What follows the scale in the name of the file with which a row goes."""
+    return "_finetune" if row.endswith("_finetune") else "_final" if row.startswith("tab6") else ""
+
+
+@cache
+def recipe(scale: str, row: str) -> Recipe:
+    configs = HERE / "configs"
+    return load(read([str(configs / "scales" / f"{scale}{regime(row)}.yaml"), str(configs / "rows" / f"{row}.yaml")]))
+
+
+@pytest.fixture
+def remembering(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What rows have in common, models and the runs of their teachers, is built and checked once."""
+    models, answers, children = {}, {}, {}
+    build_model, answer, get_ready = build.build_model, build.answer, runs.get_ready
+
+    def build_once(spec, data, where):
+        key = f"{where} {spec.whole} {data.channels} {len(data.classes)}"
+        models[key] = models.get(key) or build_model(spec, data, where)
+        return models[key]
+
+    def answer_once(net, images, where):
+        key = (id(net), images.shape)
+        answers[key] = answers[key] if key in answers else answer(net, images, where)
+        return answers[key]
+
+    def check_once(config, seat, convert=None, title="student", parent=None):
+        key = f"{title} {resolved(config)}" if parent else object()
+        children[key] = children.get(key) or get_ready(config, seat, convert, title, parent)
+        return children[key]
+
+    monkeypatch.setattr(build, "build_model", build_once)
+    monkeypatch.setattr(build, "answer", answer_once)
+    monkeypatch.setattr(runs, "get_ready", check_once)
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["ablations", "final"])
+@pytest.mark.parametrize("scale", SCALES)
+def test_every_row_is_dry_run(
+    scale: str, late: bool, remembering: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that build the same tensors as another one are loaded, but not built again."""
+    monkeypatch.chdir(tmp_path)
+    built = {_tensors(recipe(other, row)) for other in SCALES[: SCALES.index(scale)] for row in ROWS}
+    chosen = [row for row in ROWS if bool(regime(row)) == late]
+    assert len(chosen) == (10 if late else 29)
+    for row in chosen:
+        config = recipe(scale, row)
+        if _tensors(config) in built:
+            continue
+        built.add(_tensors(config))
+        told = dry_run(config, convert)
+        assert "student → " in told and "MISSING" not in told, row
+        assert ("give data.root=…" in told) == (scale == "imagenet")
+    assert not list(tmp_path.iterdir())
+
+
+def _tensors(config: Recipe) -> str:
+    plain = {key: value for key, value in resolved(config).items() if key not in NUMBERS}
+    plain["data"] = {key: value for key, value in plain["data"].items() if key != "name"} | {
+        "images": config.data["name"] == "folder"
+    }
+    plain["teachers"] = {name: spec | {"recipe": None} for name, spec in plain["teachers"].items()}
+    return str(plain)
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.startswith("tab4")])
+def test_the_windows_of_table_4(row: str) -> None:
+    """tab4_FEATURES_RELATIONS_LAYERS: on in so many of 120 epochs, from the first, at so many layers."""
+    features, relations, layers = (int(part) for part in [*row.split("_")[1:], "4"][:3])
+    config = recipe("imagenet", row)
+    on = {name: _epochs(config, name) for name in ("block", "mixer", "relation")}
+    assert on == {"block": features, "mixer": features, "relation": relations}
+    if features:
+        ready = runs.get_ready(recipe("fashion_mnist_5k", row), Nowhere())
+        for term in ready.plan.terms[1:]:
+            assert len(set(term.pairs)) == layers and term.reduce == "sum"
+            assert all(pair.teacher == f"twin.{pair.student}" for pair in term.pairs)
+
+
+def _epochs(config: Recipe, name: str) -> int:
+    """In how many epochs a term is on; they are the first ones."""
+    if name not in config.terms:
+        return 0
+    window = schedules.Window(config.terms[name].start, config.terms[name].until)
+    on = [epoch for epoch in range(config.epochs) if window(epoch, config.epochs)]
+    assert on == list(range(len(on)))
+    return len(on)
+
+
+@pytest.mark.parametrize(
+    ("size", "block", "mixer", "relation"),
+    [(size, 1e-4, 1e-3, 1) for size in ("s12", "s36", "m36", "m48")] + [("s24", 3e-4, 5e-3, 4)],
+)
+def test_the_final_hyper_parameters_of_table_10(size: str, block: float, mixer: float, relation: float) -> None:
+    final = recipe("imagenet", f"tab6_{size}")
+    assert {name: term.weight for name, term in final.terms.items()} == {
+        "soft": 1, "block": block, "mixer": mixer, "relation": relation,
+    }  # fmt: skip
+    assert (final.epochs, final.data["batch_size"], final.optimizer.lr) == (600, 1024, 1e-3)
+    assert (_epochs(final, "block"), _epochs(final, "mixer"), _epochs(final, "relation")) == (400, 400, 100)
+    assert final.student.arguments == {"drop_path_rate": 0.1, "variant": size} and final.student.init == "twin"
+    assert final.teachers["twin"].arguments["variant"] == size
+    tuned = recipe("imagenet", f"tab6_{size}_finetune")
+    assert (tuned.epochs, tuned.data["image_size"], list(tuned.terms)) == (30, 384, ["soft"])
+    start = load_children(tuned)["teachers", "start", "recipe"]
+    for key in ("epochs", "optimizer", "schedule", "terms", "teachers"):
+        assert getattr(start, key) == getattr(final, key), f"what is fine-tuned is the 224 px row, {key}"
+    assert start.data == final.data and start.student == final.student
+
+
+def test_the_losses_of_tables_2_and_3() -> None:
+    expected = {
+        "labels": {"label": 1}, "hard": {"hard": 1}, "soft": {"soft": 1},
+        "labels_hard": {"label": 0.5, "hard": 0.5}, "labels_soft": {"label": 0.5, "soft": 0.5},
+    }  # fmt: skip
+    for scale in SCALES:
+        for what, terms in expected.items():
+            for table, mixer in (("tab2_identity", "identity"), ("tab3_affine", "affine")):
+                found = recipe(scale, f"{table}_{what}")
+                assert {name: term.weight for name, term in found.terms.items()} == terms
+                assert found.student.arguments.get("token_mixer", "affine") == mixer and found.student.init is None
+
+
+def test_rows_share_their_teachers() -> None:
+    """A teacher is trained once for all rows of a scale; the row of tab6 imitates one of another size."""
+    for scale in SCALES:
+        folders: dict[str, set[str]] = {}
+        for row in ROWS:
+            for at, child in load_children(recipe(scale, row)).items():
+                size = re.search("[sm][0-9]{2}", row) if regime(row) and at[1] in ("twin", "start") else None
+                name = f"{at[1]}{size[0] if size else ''}"
+                folders.setdefault(name, set()).add(beside(child, recipe(scale, row)).output.name)
+        assert folders["wide"] and all(len(found) == 1 for found in folders.values() if found), (scale, folders)
+
+
+def test_the_student_starts_from_all_that_its_teacher_has_and_from_nothing_else() -> None:
+    """Guideline 5: everything but the affine operators."""
+    config = recipe("fashion_mnist_5k", "guideline5_with")
+    assert config.student.init == "twin" and recipe("fashion_mnist_5k", "guideline5_without").student.init is None
+    data = build.open_data(config, torch.device("cpu"), 0, 1)
+    student = randomise(build.build_model(config.student, data, "student"), seed=1)
+    teacher = randomise(build.build_model(config.teachers["twin"], data, "twin"), seed=2)
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    copied = weights.inherit(student, teacher)
+    affine = {name for name in before if ".token_mixer.affine." in name}
+    assert set(copied) == set(before) - affine == set(teacher.state_dict()) and len(affine) == 2 * 12
+    for name, value in student.state_dict().items():
+        assert torch.equal(value, before[name] if name in affine else teacher.state_dict()[name]), name
+        assert name in affine or not torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize("variant", model.VARIANTS)
+def test_a_variant_is_a_size_of_the_paper_and_half_of_it_at_64_px(variant: str) -> None:
+    with torch.device("meta"):
+        whole, named = (timm.create_model(name, **more) for name, more in (
+            ("riformer", {"variant": variant}), (f"riformer_{variant}", {}),
+        ))  # fmt: skip
+        micro = timm.create_model("riformer_micro", variant=variant)
+    shapes = {name: value.shape for name, value in named.state_dict().items()}
+    assert shapes == {name: value.shape for name, value in whole.state_dict().items()}
+    halves = [
+        (info["num_chs"], len(stage.blocks)) for info, stage in zip(micro.feature_info, micro.stages, strict=True)
+    ]
+    assert halves == [
+        (info["num_chs"] // 2, len(stage.blocks)) for info, stage in zip(named.feature_info, named.stages, strict=True)
+    ]
+    with pytest.raises(ValueError, match="variant of riformer_s12 is 's24'"):
+        timm.create_model("riformer_s12", variant="s24")
+    with pytest.raises(ValueError, match="variant of riformer is 's13'; expected one of 's12'"):
+        timm.create_model("riformer", variant="s13")
+
+
+def test_pretrained_poolformer_is_the_published_one_in_our_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    from timm.models import _builder
+
+    asked: list[str] = []
+    monkeypatch.setattr(_builder, "load_pretrained", lambda net, **_: (asked.append("once"), randomise(net, seed=7))[0])
+    theirs = randomise(timm.create_model("poolformer_s12"), seed=7)
+    ours = timm.create_model("metaformer_pool", variant="s12", pretrained=True)
+    expected = convert(theirs.state_dict())
+    assert asked and all(torch.equal(value, expected[name]) for name, value in ours.state_dict().items())
+    images = torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(ours.eval().stages(ours.stem(images)), theirs.eval().stages(theirs.stem(images)))
+    other = timm.create_model("metaformer_pool_s12", pretrained=True, num_classes=7).state_dict()
+    assert other["head.weight"].shape[0] == 7 and torch.equal(other["stem.conv.weight"], expected["stem.conv.weight"])
+    with pytest.raises(ValueError, match=r"images of 3 channels \(got in_chans=1\)"):
+        timm.create_model("metaformer_pool", pretrained=True, in_chans=1)
+    for name in ("metaformer_pool_micro", "riformer", "metaformer_id_s12"):
+        with pytest.raises(ValueError, match="no weights are published"):
+            timm.create_model(name, pretrained=True)
+
+
+def test_the_readme_has_every_row_with_its_command() -> None:
+    text = (HERE / "README.md").read_text()
+    for row in ROWS:
+        what = (HERE / "configs" / "rows" / f"{row}.yaml").read_text().splitlines()[0].removeprefix("# ")
+        title, paper = what.split(". Paper: ")
+        assert f"| {title} | {paper} | `scales/imagenet{regime(row)}.yaml rows/{row}.yaml` |" in text, row
+    assert len(re.findall(r"rows/\w+\.yaml` \|", text)) == len(ROWS)
