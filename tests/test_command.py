@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
+from jsonschema import Draft202012Validator
 from PIL import Image
 
 import recipes.riformer.model  # noqa: F401  registers the models
 from kdlib import cli, yaml12
 from kdlib.recipe import json_schema
+from kdlib.recipe.editor import MARK, SHIPPED
 
 
 class Answer:
@@ -143,9 +145,51 @@ def test_pairs_takes_the_embedded_images_by_default(ask, tmp_path: Path) -> None
 
 
 def test_the_schema_that_is_shipped_is_the_schema(ask) -> None:
-    shipped = ROOT / "kdlib" / "recipe" / "schema.json"
-    assert json.loads(shipped.read_text()) == json.loads(json.dumps(json_schema())), "python -m kdlib schema > it"
-    assert ask("schema").out == shipped.read_text()
+    how = "python -m kdlib schema > s.json && mv s.json kdlib/recipe/schema.json"
+    assert json.loads(SHIPPED.read_text()) == json.loads(json.dumps(json_schema())), how
+    assert ask("schema").out == SHIPPED.read_text() and ROOT in SHIPPED.parents
+
+
+CONFIGS = sorted((ROOT / "recipes").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_names_the_schema_and_obeys_it(path: Path) -> None:
+    text = path.read_text()
+    head, _, rest = text.partition("\n")
+    assert head.startswith(MARK), f"python -m kdlib schema --into {path.relative_to(ROOT)}"
+    assert (path.parent / head.removeprefix(MARK)).resolve() == SHIPPED and MARK not in rest
+    wrong = Draft202012Validator(json.loads(SHIPPED.read_text())).iter_errors(yaml12.parse(text))
+    assert [(error.json_path, error.message) for error in wrong] == []
+
+
+def test_the_schema_knows_a_wrong_key_wherever_it_stands() -> None:
+    checker = Draft202012Validator(json_schema())
+    for wrong in (
+        {"epoch": 3},
+        {"student": {"name": "resnet18", "weights": 3}},
+        {"terms": {"soft": {"loss": {"name": "soft_target", "temperatur": 2}}}},
+        {"teachers": {"wide": {"name": "resnet18", "recipe": {"optimizer": {"lrr": 1}}}}},
+        {"baseline": {"terms": {"label": {"los": "cross_entropy"}}}},
+        {"data": {"augment": {"mixupp": 1.0}}},
+    ):
+        assert not checker.is_valid(wrong), wrong
+    assert checker.is_valid({"terms": {"soft": None}, "baseline": None, "base": ["a.yaml", "b.yaml"]})
+
+
+def test_a_config_is_marked_once_and_what_it_says_stays(ask, tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    config = tmp_path / "deep" / "a.yaml"
+    config.write_text("# mine\nepochs: 3\n")
+    assert ask("schema", "--into", "deep").out == "1 of 1 files marked anew\n"
+    first = config.read_text()
+    assert first.endswith("\n# mine\nepochs: 3\n") and yaml12.parse(first) == {"epochs": 3}
+    assert (config.parent / first.splitlines()[0].removeprefix(MARK)).resolve() == SHIPPED
+    assert ask("schema", "--into", "deep/a.yaml").out == "0 of 1 files marked anew\n" and config.read_text() == first
+    config.rename(tmp_path / "a.yaml")
+    ask("schema", "--into", "a.yaml")
+    assert (tmp_path / "a.yaml").read_text().count(MARK) == 1, "a moved config is marked anew"
+    assert ask("schema", "--into", "nowhere.yaml").code == 1 and ask("schema", "--into", "deep").code == 2
 
 
 def test_the_command_starts_as_a_module_and_imports_a_recipe_from_the_working_directory() -> None:

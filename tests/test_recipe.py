@@ -262,6 +262,8 @@ def fits(value: Any, schema: dict[str, Any], root: dict[str, Any]) -> bool:
     known |= {"properties", "additionalProperties", "required", "minimum", "exclusiveMinimum", "prefixItems"}
     known |= {"minItems", "maxItems", "format", "pattern"}
     assert set(schema) <= known, set(schema) - known
+    if schema.get("$ref") == "#":
+        return fits(value, root, root)
     if "$ref" in schema:
         return fits(value, root["$defs"][re.fullmatch(r"#/\$defs/(\w+)", schema["$ref"])[1]], root)  # type: ignore[index]
     types = {"object": dict, "array": list, "string": str, "boolean": bool, "null": type(None)}
