@@ -115,7 +115,7 @@ def draw(
     figure, axis = pyplot.subplots(figsize=(max(size[0], 5.0), max(size[1], 4.0)), layout="constrained")
     image = axis.imshow(likeness.clamp(0, 1).numpy(), vmin=0, vmax=1, cmap="magma", origin="lower")
     for i, j in chosen:
-        axis.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, fill=False, edgecolor="#2ec4b6", linewidth=2))
+        axis.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, fill=False, clip_on=False, edgecolor="#2ec4b6", linewidth=2))
     axis.set_xticks(range(columns), teacher_taps, rotation=90, fontsize=8)
     axis.set_yticks(range(rows), student_taps, fontsize=8)
     axis.set(xlabel="teacher", ylabel="student", title="CKA (framed: suggested pairs)")
