@@ -118,7 +118,8 @@ def _costs(cost: Cost) -> None:
     show_table(("run", "epochs", "ms a step", "steps an epoch", "terms"), rows, right=("ms a step", "steps an epoch"))
     parts = "; ".join(f"{one.title} {_duration(one.own)}" for one in reversed(every)) if len(every) > 1 else ""
     say(f"all of it: {_duration(cost.seconds)}{f' ({parts})' if parts else ''}, uncompiled, evaluations included")
-    say(f"peak memory: {max(one.memory for one in every) / 2**20:,.0f} MiB")
+    whose = "of this whole process" if cost.on_cpu else "on the GPU"
+    say(f"peak memory: {max(one.memory for one in every) / 2**20:,.0f} MiB {whose}")
 
 
 def _duration(seconds: float) -> str:

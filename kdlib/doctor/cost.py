@@ -44,6 +44,7 @@ class Cost:
     memory: float
     """Peak bytes: of the GPU, or of this whole process on a CPU."""
     children: list[Cost]
+    on_cpu: bool = True
 
     @property
     def own(self) -> float:
@@ -89,6 +90,7 @@ def estimate(ready: Ready, distiller: Distiller, teacher: Teacher | None, accele
         evaluations,
         _memory(accelerator.device),
         [_of_child(child, accelerator, steps) for child in children if not (child.recipe.output / SUMMARY).exists()],
+        accelerator.device.type == "cpu",
     )
 
 
