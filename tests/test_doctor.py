@@ -119,7 +119,13 @@ def test_time_is_counted_up() -> None:
 def found(small_run: Path) -> Diagnosis:
     """Of a recipe whose teachers are finished and whose student is not begun."""
     torch.set_num_threads(1)
-    changes = [f"output={small_run.parent / 'another'}", "epochs=6", "terms.block.until=3", "terms.mixer.until=4"]
+    changes = [
+        f"output={small_run.parent / 'another'}",
+        "epochs=6",
+        "terms.block.until=3",
+        "terms.mixer.until=4",
+        "terms.relation.until=2",
+    ]
     return doctor(load(read_config([str(small_run / "config.yaml"), *changes])), batches=2, backend=None)
 
 

@@ -283,13 +283,14 @@ def _entry(name: str, token_mixer: str, key: str) -> Callable[..., nn.Module]:
             size = size.like(SIZES[variant]) if key else SIZES[variant]
         paper = variant or key or "s12"
         pool = token_mixer == "pool" and key != "micro" and paper in VARIANTS
-        if not pool:
+        exported = pretrained and bool(kwargs.get("pretrained_cfg"))  # local-dir: and hf-hub: have weights of their own
+        if not (pool or exported):
             refuse_pretrained(name, pretrained)
         arch: dict[str, Any] = {"token_mixer": token_mixer, "depths": size.depths, "dims": size.dims}
         features = {"out_indices": tuple(range(len(size.depths))), "feature_cls": "getter"}
         arguments = arch | {"layer_scale_init": size.layer_scale_init} | kwargs
-        model = build_model_with_cfg(MetaFormer, name, False, feature_cfg=features, **arguments)
-        return _published(model, paper) if pretrained else model
+        model = build_model_with_cfg(MetaFormer, name, exported, feature_cfg=features, **arguments)
+        return _published(model, paper) if pretrained and not exported else model
 
     build.__name__ = build.__qualname__ = name
     build.__doc__ = f"MetaFormer({token_mixer!r}) of size {key or 'variant'} for timm.create_model."
