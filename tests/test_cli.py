@@ -206,10 +206,18 @@ def test_a_killed_process_goes_on_with_the_same_command_and_a_third_call_trains_
     again = start(*command, cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert "student: goes on after epoch 1 of 2" in again.stdout and again.stdout.count("finished before") == 3
-    made = {"config.yaml", "metrics.jsonl", "summary.json", "curves.png", "checkpoints"}
+    made = {"config.yaml", "metrics.jsonl", "summary.json", "curves.png", "checkpoints", "model_card.md"}
     assert {path.name for path in run.iterdir()} == made | {"student.safetensors", "student_fused.safetensors"}
     summary = json.loads((run / "summary.json").read_text())
     assert {"teacher_top1", "baseline_top1", "student_top1", "fused_max_abs_diff", "seconds"} <= set(summary)
+
+    card = (run / "model_card.md").read_text()
+    shown = next(row for row in summary["rows"] if row["what"] == "student")
+    assert f"| student | riformer_nano | {shown['top1']:.2f} | {shown['parameters']:,} |" in card and "$" not in card
+    assert "runs/r/config.yaml output=runs/r-again" in card and "2 epochs" in card and "3 classes" in card
+    used = card.split("```python\n")[1].split("```")[0].replace('"runs/r', f'"{run}')
+    exec(used, space := {})
+    assert space["net"].num_classes == 3
 
     weights = (run / "student.safetensors").read_bytes()
     third = ask(*command)
@@ -220,3 +228,15 @@ def test_a_killed_process_goes_on_with_the_same_command_and_a_third_call_trains_
 
     other = ask(*command, "seed=1")
     assert other.code == 2 and "runs/r already holds a run with another seed (0 there, 1 here)" in other.err
+
+
+def test_a_pooling_student_is_not_fused(ask, tmp_path: Path) -> None:
+    alone = ["teachers={wide: null, twin: null}", "student={name: metaformer_pool_nano, init: null}", "baseline=null"]
+    alone += [f"terms.{name}=null" for name in ("soft", "block", "mixer", "relation")]
+    short = [*TINY[:5], "output=runs/pool", "terms.label.loss=cross_entropy"]
+    answer = ask(*short, *alone)
+    assert answer.code == 0, answer.err
+    made = {path.name for path in (tmp_path / "runs" / "pool").iterdir()}
+    assert "student.safetensors" in made and "student_fused.safetensors" not in made
+    card = (tmp_path / "runs" / "pool" / "model_card.md").read_text()
+    assert "PoolFormer" in card and "none, labels alone" in card and "| fused |" not in card

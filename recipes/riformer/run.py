@@ -20,17 +20,19 @@ from kdlib import checkpoint, launch, results, runfolder, runs  # noqa: E402
 from kdlib.progress import console, say  # noqa: E402
 from kdlib.recipe import Recipe  # noqa: E402
 from kdlib.train import evaluate  # noqa: E402
-from recipes.riformer import gfnet, model  # noqa: E402, F401  registers the models with timm
+from recipes.riformer import card, gfnet, model  # noqa: E402, F401  registers the models with timm
 from recipes.riformer.convert import convert  # noqa: E402
 
 
 def main(recipe: Recipe) -> None:
     outcome = runs.run(recipe, convert=convert)
-    fused = model.fuse(outcome.student.eval(), level="full")
-    difference = largest_difference(outcome, fused)
-    fused_top1 = evaluate(fused, outcome.data.test, outcome.accelerator)["top1"]
+    fused, fused_top1, difference = None, None, None
+    if outcome.student.eval().token_mixer != "pool":  # a pooling student reads its neighbours: nothing to fuse
+        fused = model.fuse(outcome.student, level="full")
+        difference = largest_difference(outcome, fused)
+        fused_top1 = evaluate(fused, outcome.data.test, outcome.accelerator)["top1"]
     if outcome.accelerator.is_main_process:
-        conclude(outcome, fused, fused_top1, difference)
+        conclude(recipe, outcome, fused, fused_top1, difference)
 
 
 @torch.no_grad()
@@ -43,14 +45,17 @@ def largest_difference(outcome: runs.Outcome, fused: nn.Module) -> float:
     return float(outcome.accelerator.gather(largest).max())
 
 
-def conclude(outcome: runs.Outcome, fused: nn.Module, fused_top1: float, difference: float) -> None:
-    """Writes the fused weights, the curves and the summary; prints the table."""
-    checkpoint.save_weights(fused, outcome.folder / "student_fused.safetensors")
+def conclude(
+    recipe: Recipe, outcome: runs.Outcome, fused: nn.Module | None, fused_top1: float | None, difference: float | None
+) -> None:
+    """Writes the fused weights, the curves, the summary and the model card; prints the table."""
     parts = {f"teacher {name}": teacher for name, teacher in outcome.teachers.items()}
     parts |= {"baseline": outcome.baseline} if outcome.baseline else {}
     parts |= {"student": outcome}
     shown = [(what, o.name, o.student, o.result.get("top1", math.nan)) for what, o in parts.items()]
-    shown.append(("fused", outcome.name, fused, fused_top1))
+    if fused is not None and fused_top1 is not None:
+        checkpoint.save_weights(fused, outcome.folder / "student_fused.safetensors")
+        shown.append(("fused", outcome.name, fused, fused_top1))
     speeds = results.throughput([net for _, _, net, _ in shown], next(outcome.data.test.epoch(0))[0])
     rows = [
         results.Row(what, name, top1, results.count_parameters(net), speed)
@@ -69,8 +74,11 @@ def conclude(outcome: runs.Outcome, fused: nn.Module, fused_top1: float, differe
         "rows": [vars(row) for row in rows],
     }
     checkpoint.write_json(file, summary)
+    with checkpoint.whole(outcome.folder / "model_card.md") as draft:
+        draft.write_text(card.model_card(recipe, outcome, rows, difference), encoding="utf-8")
     console.print(results.table(rows, f"{outcome.data.name}, {outcome.seconds:.0f} s"))
-    say(f"fused and unfused student differ by at most {difference:.1e} in any logit; all in {outcome.folder}/")
+    if difference is not None:
+        say(f"fused and unfused student differ by at most {difference:.1e} in any logit; all in {outcome.folder}/")
 
 
 if __name__ == "__main__":
