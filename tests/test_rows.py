@@ -223,7 +223,7 @@ def test_pretrained_poolformer_is_the_published_one_in_our_order(monkeypatch: py
 def test_the_readme_has_every_row_with_its_command() -> None:
     text = (HERE / "README.md").read_text()
     for row in ROWS:
-        what = (HERE / "configs" / "rows" / f"{row}.yaml").read_text().splitlines()[0].removeprefix("# ")
-        title, paper = what.split(". Paper: ")
+        said = (HERE / "configs" / "rows" / f"{row}.yaml").read_text()
+        title, paper = re.findall(r"^# (.*)\. Paper: ([0-9.]+)$", said, re.M)[0]
         assert f"| {title} | {paper} | `scales/imagenet{regime(row)}.yaml rows/{row}.yaml` |" in text, row
     assert len(re.findall(r"rows/\w+\.yaml` \|", text)) == len(ROWS)
