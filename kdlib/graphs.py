@@ -60,6 +60,8 @@ class Graphs:
             Exception: whatever the step or CUDA says of a step that cannot be recorded, one that waits for the device.
         """
         self._recorded, self._key = [], None
+        parameters = [parameter for module in self.modules for parameter in module.parameters()]
+        sums = [None if p.grad is None else p.grad.clone() for p in parameters]  # of batches that were added up so far
         self._images, self._targets = images.clone(), {name: value.clone() for name, value in targets.items()}
         with unchanged(self.modules, images.device):
             aside = torch.cuda.Stream()
@@ -77,6 +79,9 @@ class Graphs:
                     out = self.step(self._images, self._targets)
                     out = Distilled(out.loss.detach(), out.logits.detach(), out.terms)
                 recorded.append((graph, out))
+        for parameter, total in zip(parameters, sums, strict=True):
+            if parameter.grad is not None and total is not None:
+                parameter.grad.copy_(total)
         self._recorded = recorded
 
 

@@ -16,10 +16,12 @@ from conftest import ROOT
 from matplotlib import image
 
 from kdlib.config import ConfigError
+from kdlib.runfolder import resolved
 from kdlib.study import main, show
 from kdlib.study.paired import T975, difference, mean
 from kdlib.study.rows import Study, choose, load_study, recipes
-from kdlib.study.run import Results, run
+from kdlib.study.run import Results, gather, run
+from kdlib.yaml12 import dump
 
 SCRIPT = ROOT / "recipes" / "riformer" / "study.py"
 SCALE = """
@@ -151,9 +153,12 @@ def test_rows_are_chosen_with_what_they_are_compared_with(tmp_path: Path) -> Non
 def _noted(recipe):  # in a worker process: what was trained, in which order, shows in the folder
     recipe.output.mkdir(parents=True, exist_ok=True)
     (recipe.output / "log").open("a").write("x")
+    (recipe.output / "config.yaml").write_text(dump(resolved(recipe)))
     if "fails" in recipe.output.name:
         raise RuntimeError("no luck")
-    return {"top1": 50.0 + recipe.seed}
+    result = {"top1": 50.0 + recipe.seed}
+    (recipe.output / "summary.json").write_text(json.dumps({"result": result}))
+    return result
 
 
 def test_equal_teachers_are_trained_once_and_a_failure_stops_no_one(tmp_path: Path) -> None:
@@ -171,6 +176,7 @@ def test_equal_teachers_are_trained_once_and_a_failure_stops_no_one(tmp_path: Pa
         "soft": {0: 50.0, 1: 51.0},
         "both": {0: 50.0, 1: 51.0},
     }
+    assert gather(study, planned).top1 == found.top1  # as a study that is stopped tells it
     assert found.failed == {"fails-0": "no luck", "fails-1": "no luck"}
 
 

@@ -18,7 +18,7 @@ from ..launch import FAILED, STOPPED, WRONG_INPUT
 from ..progress import console, say
 from . import show
 from .rows import choose, load_study, recipes
-from .run import Train, run
+from .run import Train, gather, run
 
 
 def main(train: Train, studies: Path, scales: Path, arguments: Sequence[str] | None = None) -> int:
@@ -41,13 +41,14 @@ def main(train: Train, studies: Path, scales: Path, arguments: Sequence[str] | N
         study = choose(study, given.rows) if given.rows else study
         folder = given.out or Path("runs") / "studies" / f"{Path(given.study).stem}-{Path(given.data).stem}"
         planned = recipes(study, _file(given.data, scales, "--data"), given.seeds, folder, rest)
-        results = run(study, planned, train, given.jobs)
+        stopped = False
+        try:
+            results = run(study, planned, train, given.jobs)
+        except KeyboardInterrupt:
+            stopped, results = True, gather(study, planned)
     except ConfigError as error:
         print("\n".join(error.lines), file=sys.stderr)
         return WRONG_INPUT
-    except KeyboardInterrupt:
-        say("\nstopped; what is finished is kept. The same command goes on")
-        return STOPPED
     if results.top1:
         about = {
             "command": " ".join(["recipes/riformer/study.py", *(sys.argv[1:] if arguments is None else arguments)]),
@@ -62,6 +63,9 @@ def main(train: Train, studies: Path, scales: Path, arguments: Sequence[str] | N
         say(f"{perf_counter() - began:.0f} s; all in {folder}/ (study.json, study.png)")
     for name, reason in results.failed.items():
         print(f"{name}: {reason}", file=sys.stderr)
+    if stopped:
+        say("stopped; what is finished is above. The same command goes on")
+        return STOPPED
     return FAILED if results.failed else 0
 
 

@@ -57,23 +57,30 @@ def run(study: Study, planned: Mapping[Key, Recipe], train: Train, jobs: int) ->
         ConfigError: a folder that holds another run.
     """
     waves = _waves(planned)
-    total = sum(map(len, waves))
-    results = Results(study)
-    done: dict[Path, dict[str, float]] = {}
-    with bar(study.title, total) as shown, _pool(jobs) as pool:
+    failed: dict[str, str] = {}
+    with bar(study.title, sum(map(len, waves))) as shown, _pool(jobs) as pool:
         for wave in waves:
-            for path, result in _wave(wave, train, pool, results.failed):
-                done[path] = result
-                shown.say(f"{path.name} {result['top1']:.2f} %" if result else f"{path.name} failed")
+            for text in _wave(wave, train, pool, failed):
+                shown.say(text)
                 shown.advance()
-    found = {
+    return gather(study, planned, failed)
+
+
+def gather(study: Study, planned: Mapping[Key, Recipe], failed: Mapping[str, str] | None = None) -> Results:
+    """What the runs that are finished came to, teachers first, in the order of the study.
+
+    Raises:
+        ConfigError: a folder that holds another run.
+    """
+    results = Results(study, failed=dict(failed or {}))
+    taught = {
         (f"teacher {member} {child.student.name}", seed): child
         for (_, seed), recipe in planned.items()
         for member, child in _children(recipe).items()
     }
-    for (name, seed), recipe in (found | dict(planned)).items():
-        if done.get(recipe.output):
-            results.top1.setdefault(name, {})[seed] = done[recipe.output]["top1"]
+    for (name, seed), recipe in (taught | dict(planned)).items():
+        if (found := _finished(recipe)) is not None:
+            results.top1.setdefault(name, {})[seed] = found["top1"]
     return results
 
 
@@ -103,23 +110,23 @@ def _waves(planned: Mapping[Key, Recipe]) -> list[dict[Path, Recipe]]:
 
 def _wave(
     wave: Mapping[Path, Recipe], train: Train, pool: ProcessPoolExecutor, failed: dict[str, str]
-) -> Iterator[tuple[Path, dict[str, float]]]:
-    """Runs of which none needs another, as they finish; an empty result for one that failed."""
+) -> Iterator[str]:
+    """Runs of which none needs another; says of each, as it ends, how it did."""
     running: dict[Future[dict[str, float]], Path] = {}
     for path, recipe in wave.items():
         if (result := _finished(recipe)) is not None:
-            yield path, result
+            yield f"{path.name} {result['top1']:.2f} %"
         else:
             running[pool.submit(train, recipe)] = path
     try:
         for future in as_completed(running):
             path = running[future]
             try:
-                yield path, future.result()
+                yield f"{path.name} {future.result()['top1']:.2f} %"
             except Exception as error:  # a run may fail in any way; the others are worth their time all the same
                 failed[path.name] = " ".join(str(error).split())[:300] or type(error).__name__
                 say(f"{path.name}: {failed[path.name]}")
-                yield path, {}
+                yield f"{path.name} failed"
     except BaseException:
         pool.shutdown(wait=False, cancel_futures=True)
         raise

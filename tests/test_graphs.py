@@ -1,0 +1,82 @@
+"""CUDA graphs of a step: the plain step's numbers, to the last digit, through schedules and accumulation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import Tiny, randomise
+from torch import Tensor
+
+import kdlib as kd
+from kdlib.distiller import Distilled
+from kdlib.graphs import Graphs, try_graphs
+from kdlib.losses import CrossEntropy, FeatureMSE, SoftTarget
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+
+
+def trained(graphs: bool, accumulate: int, steps: int = 12) -> list[Tensor]:
+    """Parameters and buffers after some steps, terms switching on and off on the way."""
+    torch.manual_seed(0)
+    torch.backends.cudnn.deterministic = True
+    device = torch.device("cuda")
+    student, model = randomise(Tiny(), 1).to(device), randomise(Tiny(), 9).to(device)
+    pairs = kd.pair(student, model, "stages.*.blocks.-1")
+    terms = [
+        kd.Term("soft", SoftTarget()),
+        kd.Term("block", FeatureMSE(), 0.1, schedule=kd.Window(0, 2), pairs=pairs),
+        kd.Term(
+            "label", CrossEntropy(), 0.5, schedule=kd.Ramp(start=1, until=4), pairs=[kd.Pair("@output", "@labels")]
+        ),
+    ]
+    distiller, teacher = kd.Distiller(student, terms).to(device), kd.Teacher(model, terms)
+    optimizer = torch.optim.AdamW(distiller.parameters(), lr=1e-2, fused=True)
+
+    def backward(images: Tensor, targets: dict[str, Tensor]) -> Distilled:
+        out: Distilled = distiller(images, targets | teacher(images))
+        (out.loss / accumulate).backward()
+        return out
+
+    replayed = Graphs(backward, [distiller, teacher], distiller.live, accumulate) if graphs else None
+    generator = torch.Generator().manual_seed(5)
+    distiller.train()
+    for step in range(steps):
+        distiller.set_epoch(step // 3, 4)
+        teacher.set_epoch(step // 3, 4)
+        images = torch.randn(4, 3, 8, 8, generator=generator).to(device)
+        labels = torch.randint(5, (4,), generator=generator).to(device)
+        out = (replayed or (lambda i, t, _: backward(i, t)))(images, {"@labels": labels}, step % accumulate > 0)
+        assert set(out.terms) == set(distiller.live())
+        if (step + 1) % accumulate == 0:
+            optimizer.step()
+            if replayed is None:
+                optimizer.zero_grad()
+    return [value.detach().clone() for value in distiller.state_dict().values()] + [out.loss.detach().clone()]
+
+
+@gpu
+@pytest.mark.parametrize("accumulate", [1, 2, 4])
+def test_a_replayed_step_is_the_plain_one(accumulate: int) -> None:
+    """Dropout and batch norm among them: random numbers and running means are those of the plain run."""
+    for plain, replayed in zip(trained(False, accumulate), trained(True, accumulate), strict=True):
+        assert torch.equal(plain, replayed)
+
+
+@gpu
+def test_a_step_that_reads_a_value_back_runs_as_it_is() -> None:
+    module = torch.nn.Linear(2, 2, device="cuda")
+
+    def backward(images: Tensor, targets: dict[str, Tensor]) -> Distilled:
+        loss = module(images).sum() * (1.0 if float(images.sum()) > 0 else 2.0)
+        loss.backward()
+        return Distilled(loss, loss, {})
+
+    found, line = try_graphs(Graphs(backward, [module], tuple), torch.ones(1, 2, device="cuda"), {})
+    assert found is None and line.startswith("runs without CUDA graphs, which cannot take its step: ")
+
+
+def test_without_a_gpu_it_says_so() -> None:
+    Accelerator(cpu=True)
+    found, line = try_graphs(Graphs(lambda i, t: None, [], tuple), torch.ones(1, 2), {})  # type: ignore[arg-type]
+    assert found is None and line == "runs without CUDA graphs, which need a GPU and one process"
