@@ -106,4 +106,4 @@ def recipes(study: Study, scale: Path, seeds: int, folder: Path, more: Sequence[
 
 
 def _slug(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-")
+    return re.sub(r"[^A-Za-z0-9._]+", "-", name).strip("-")
