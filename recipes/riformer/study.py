@@ -32,4 +32,4 @@ def train(recipe: Recipe) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    sys.exit(study.main(train, HERE / "configs" / "studies", HERE / "configs" / "scales"))
+    sys.exit(study.main(train, HERE / "studies", HERE / "configs" / "scales"))
