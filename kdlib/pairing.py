@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 from torch import nn
@@ -18,11 +19,11 @@ class Pair(NamedTuple):
 def pair(student: nn.Module, teacher: nn.Module, pattern: str, teacher_pattern: str | None = None) -> tuple[Pair, ...]:
     """Pairs the modules that the patterns find, block by block.
 
-    In a pattern ``*`` is every child and ``-1`` the last one: ``stages.*.blocks.-1.token_mixer`` is the mixer of each
-    stage's last block; ``:input`` at the end taps what is given instead of what is returned. Every ``*`` but the last
-    says the group (a stage); inside a group, student block ``i`` of ``S`` answers to teacher block
-    ``(i + 1) · T // S − 1`` of ``T``: equal depths pair one to one, and of a teacher twice as deep every second block
-    is taken, the last one always.
+    In a pattern ``*`` is every child, ``layer*`` every child whose name begins so, and ``-1`` the last one:
+    ``stages.*.blocks.-1.token_mixer`` is the mixer of each stage's last block; ``:input`` at the end taps what is given
+    instead of what is returned. Every part with a ``*`` but the last says the group (a stage); inside a group, student
+    block ``i`` of ``S`` answers to teacher block ``(i + 1) · T // S − 1`` of ``T``: equal depths pair one to one, and of
+    a teacher twice as deep every second block is taken, the last one always.
 
     Args:
         student, teacher: the models; for a ``Panel`` a pattern begins with a member's name.
@@ -72,7 +73,7 @@ def _find(model: nn.Module, pattern: str) -> dict[tuple[str, ...], list[str]]:
         for stars, name, module in found:
             children = dict(module.named_children())
             for child in _choose(part, list(children)):
-                matches.append((stars + (child,) * (part == "*"), f"{name}.{child}".lstrip("."), children[child]))
+                matches.append((stars + (child,) * ("*" in part), f"{name}.{child}".lstrip("."), children[child]))
         if not matches:
             raise ValueError(_nothing(pattern, part, found, type(model).__name__))
         found = matches
@@ -92,8 +93,8 @@ def _nothing(pattern: str, part: str, found: list[tuple[tuple[str, ...], str, nn
 
 
 def _choose(part: str, children: list[str]) -> list[str]:
-    if part == "*":
-        return children
+    if "*" in part:
+        return [child for child in children if fnmatchcase(child, part)]
     if part.startswith("-") and part[1:].isdigit():
         return children[int(part) :][:1] if int(part[1:]) <= len(children) else []
     return [part] if part in children else []

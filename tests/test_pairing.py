@@ -20,6 +20,18 @@ def test_a_deeper_teacher_is_sampled_and_its_last_block_taken(student: nn.Module
     assert pairs == (Pair("stages.1.blocks.0", "stages.1.blocks.1"), Pair("stages.1.blocks.1", "stages.1.blocks.3"))
 
 
+def test_a_star_in_a_name_finds_what_begins_so_and_is_a_group() -> None:
+    net = nn.ModuleDict(
+        {f"layer{i}": nn.Sequential(nn.Identity(), nn.Identity()) for i in (1, 2)} | {"fc": nn.Identity()}
+    )
+    assert pair(net, net, "layer*") == (Pair("layer1", "layer1"), Pair("layer2", "layer2"))
+    assert pair(net, net, "layer*.-1") == (Pair("layer1.1", "layer1.1"), Pair("layer2.1", "layer2.1"))
+    deep = nn.ModuleDict({f"layer{i}": nn.Sequential(*(nn.Identity() for _ in range(4))) for i in (1, 2)})
+    assert [p.teacher for p in pair(net, deep, "layer*.*")] == ["layer1.1", "layer1.3", "layer2.1", "layer2.3"]
+    with pytest.raises(ValueError, match=r"finds nothing at 'stage\*': ModuleDict has layer1, layer2, fc"):
+        pair(net, net, "stage*")
+
+
 def test_input_taps_and_panels(student: nn.Module, teacher: nn.Module) -> None:
     pairs = pair(student, Panel({"twin": teacher}), "stages.0.blocks.-1:input", "twin.stages.0.blocks.-1:input")
     assert pairs == (Pair("stages.0.blocks.1:input", "twin.stages.0.blocks.1:input"),)

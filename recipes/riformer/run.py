@@ -5,8 +5,6 @@ accelerate launch recipes/riformer/run.py [CONFIG.yaml …] [key=value …]
 
 from __future__ import annotations
 
-import json
-import math
 import sys
 from pathlib import Path
 
@@ -16,8 +14,9 @@ from torch import nn
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))  # so that `recipes` is found when this file is started as a script
 
-from kdlib import checkpoint, launch, results, runfolder, runs  # noqa: E402
-from kdlib.progress import console, say  # noqa: E402
+from kdlib import checkpoint, launch, runs  # noqa: E402
+from kdlib.conclude import conclude  # noqa: E402
+from kdlib.progress import say  # noqa: E402
 from kdlib.recipe import Recipe  # noqa: E402
 from kdlib.train import evaluate  # noqa: E402
 from recipes.riformer import card, gfnet, model  # noqa: E402, F401  registers the models with timm
@@ -32,7 +31,7 @@ def main(recipe: Recipe) -> None:
         difference = largest_difference(outcome, fused)
         fused_top1 = evaluate(fused, outcome.data.test, outcome.accelerator)["top1"]
     if outcome.accelerator.is_main_process:
-        conclude(recipe, outcome, fused, fused_top1, difference)
+        finish(recipe, outcome, fused, fused_top1, difference)
 
 
 @torch.no_grad()
@@ -45,38 +44,17 @@ def largest_difference(outcome: runs.Outcome, fused: nn.Module) -> float:
     return float(outcome.accelerator.gather(largest).max())
 
 
-def conclude(
+def finish(
     recipe: Recipe, outcome: runs.Outcome, fused: nn.Module | None, fused_top1: float | None, difference: float | None
 ) -> None:
     """Writes the fused weights, the curves, the summary and the model card; prints the table."""
-    parts = {f"teacher {name}": teacher for name, teacher in outcome.teachers.items()}
-    parts |= {"baseline": outcome.baseline} if outcome.baseline else {}
-    parts |= {"student": outcome}
-    shown = [(what, o.name, o.student, o.result.get("top1", math.nan)) for what, o in parts.items()]
+    derived = {}
     if fused is not None and fused_top1 is not None:
         checkpoint.save_weights(fused, outcome.folder / "student_fused.safetensors")
-        shown.append(("fused", outcome.name, fused, fused_top1))
-    speeds = results.throughput([net for _, _, net, _ in shown], next(outcome.data.test.epoch(0))[0])
-    rows = [
-        results.Row(what, name, top1, results.count_parameters(net), speed)
-        for (what, name, net, top1), speed in zip(shown, speeds, strict=True)
-    ]
-    trained = {what: o.folder for what, o in parts.items() if what == "student" or o.folder != outcome.folder}
-    results.curves(trained, outcome.folder / "curves.png")
-    top1 = {row.what: row.top1 for row in rows}
-    file = outcome.folder / runfolder.SUMMARY
-    summary = json.loads(file.read_text()) | {
-        "teacher_top1": rows[0].top1 if outcome.teachers else None,
-        "baseline_top1": top1.get("baseline"),
-        "student_top1": top1["student"],
-        "fused_top1": fused_top1,
-        "fused_max_abs_diff": difference,
-        "rows": [vars(row) for row in rows],
-    }
-    checkpoint.write_json(file, summary)
+        derived["fused"] = (fused, fused_top1)
+    rows = conclude(outcome, derived, {"fused_top1": fused_top1, "fused_max_abs_diff": difference})
     with checkpoint.whole(outcome.folder / "model_card.md") as draft:
         draft.write_text(card.model_card(recipe, outcome, rows, difference), encoding="utf-8")
-    console.print(results.table(rows, f"{outcome.data.name}, {outcome.seconds:.0f} s"))
     if difference is not None:
         say(f"fused and unfused student differ by at most {difference:.1e} in any logit; all in {outcome.folder}/")
 

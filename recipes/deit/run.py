@@ -1,0 +1,17 @@
+"""DeiT: a CNN teaches a ViT with a distillation token; teacher, baseline, student, one table.
+
+accelerate launch recipes/deit/run.py [CONFIG.yaml …] [key=value …]
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))  # so that `recipes` and kdlib are found when this file is a script
+
+from kdlib import conclude, launch  # noqa: E402
+
+if __name__ == "__main__":
+    sys.exit(launch.main(conclude.make, default=HERE / "configs" / "default.yaml"))

@@ -1,0 +1,1 @@
+"""Between families: ViT to CNN, and Swin to RIFormer."""

@@ -1,0 +1,1 @@
+"""From ResNet to ResNet: the losses that most papers are compared with."""
