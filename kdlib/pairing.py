@@ -22,8 +22,8 @@ def pair(student: nn.Module, teacher: nn.Module, pattern: str, teacher_pattern: 
     In a pattern ``*`` is every child, ``layer*`` every child whose name begins so, and ``-1`` the last one:
     ``stages.*.blocks.-1.token_mixer`` is the mixer of each stage's last block; ``:input`` at the end taps what is given
     instead of what is returned. Every part with a ``*`` but the last says the group (a stage); inside a group, student
-    block ``i`` of ``S`` answers to teacher block ``(i + 1) · T // S − 1`` of ``T``: equal depths pair one to one, and of
-    a teacher twice as deep every second block is taken, the last one always.
+    block ``i`` of ``S`` answers to teacher block ``(i + 1) · T // S − 1`` of ``T``: equal depths pair one to one, and
+    of a teacher twice as deep every second block is taken, the last one always.
 
     Args:
         student, teacher: the models; for a ``Panel`` a pattern begins with a member's name.
