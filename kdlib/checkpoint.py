@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import random
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -19,11 +18,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from . import faults
 
 KEEP = 2
 TENSOR = "@tensor"
@@ -34,7 +33,8 @@ TENSORS, TREE, MANIFEST = "state.safetensors", "state.json", "manifest.json"
 
 
 def save(folder: Path, step: int, state: Mapping[str, Any], keep: int = KEEP) -> Path:
-    """Writes the checkpoint of ``step`` and deletes all but the ``keep`` newest.
+    """Writes the checkpoint of ``step`` and deletes all but the ``keep`` newest, and later ones, which the run went
+    back from.
 
     Args:
         state: a tree of mappings and lists whose leaves are tensors or what JSON can say. Tuples come back as lists.
@@ -48,23 +48,33 @@ def save(folder: Path, step: int, state: Mapping[str, Any], keep: int = KEEP) ->
     target, draft = folder / f"step-{step:08d}", folder / f".tmp-{step}-{os.getpid()}"
     try:
         draft.mkdir()
+        faults.reach("save.begin")
         tensors: dict[str, Tensor] = {}
         tree = _split(state, "", tensors)
         _save_file(tensors, draft / TENSORS)
+        faults.reach("save.tensors")
         (draft / TREE).write_text(json.dumps(tree))
+        faults.reach("save.tree")
         files = {file.name: {"bytes": file.stat().st_size, "sha256": _digest(file)} for file in sorted(draft.iterdir())}
         (draft / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=1))
+        faults.reach("save.manifest")
         for file in [*draft.iterdir(), draft]:
             _sync(file)
-        if target.exists():
+        faults.reach("save.synced")
+        if target.exists():  # a damaged one, or the same step before it was evaluated
             shutil.rmtree(target)
+            faults.reach("save.replaced")
         draft.rename(target)
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
     _sync(folder)
-    for old in _steps(folder)[keep:]:
+    faults.reach("save.moved")
+    later = [path for path in _steps(folder) if _step(path) > step]
+    earlier = [path for path in _steps(folder) if _step(path) <= step]
+    for old in [*later, *earlier[keep:]]:
         shutil.rmtree(old, ignore_errors=True)
+    faults.reach("save.pruned")
     return target
 
 
@@ -79,7 +89,7 @@ def load_latest(folder: Path) -> tuple[int, dict[str, Any], list[str]] | None:
     notes: list[str] = []
     for path in _steps(folder):
         try:
-            return _step(path), _load(path), notes
+            return _step(path), load(folder, _step(path)), notes
         except Exception as error:  # what damage can do is not to be listed; it is told, and an older one is tried
             reason = f"{getattr(error, 'strerror', None) or error}" or type(error).__name__
             notes.append(f"checkpoint {path.name} is damaged and was passed over: {reason}")
@@ -88,7 +98,13 @@ def load_latest(folder: Path) -> tuple[int, dict[str, Any], list[str]] | None:
     return None
 
 
-def _load(path: Path) -> dict[str, Any]:
+def load(folder: Path, step: int) -> dict[str, Any]:
+    """The state that was saved at ``step``.
+
+    Raises:
+        Exception: of any kind, where it is missing or not what was written.
+    """
+    path = folder / f"step-{step:08d}"
     manifest = json.loads((path / MANIFEST).read_text())
     if manifest["step"] != _step(path):
         raise ValueError(f"{MANIFEST} is of step {manifest['step']}")
@@ -131,36 +147,14 @@ def whole(path: Path) -> Iterator[Path]:
     draft = path.with_name(f".tmp-{path.name}")
     try:
         yield draft
+        faults.reach("file.draft")
         _sync(draft)
+        faults.reach("file.synced")
         draft.replace(path)
+        faults.reach("file.moved")
     except BaseException:
         draft.unlink(missing_ok=True)
         raise
-
-
-def random_state(device: torch.device) -> dict[str, Any]:
-    """The global random generators of this process, as ``save`` can write them."""
-    kind, keys, position, has_gauss, cached = np.random.get_state()
-    version, internal, gauss = random.getstate()
-    state: dict[str, Any] = {
-        "torch": torch.get_rng_state(),
-        "numpy": [kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), int(position), int(has_gauss), cached],
-        "python": [version, list(internal), gauss],
-    }
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
-    """Puts back what ``random_state`` told."""
-    torch.set_rng_state(state["torch"])
-    kind, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
 
 
 def _split(tree: Any, path: str, tensors: dict[str, Tensor]) -> Any:

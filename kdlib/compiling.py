@@ -12,7 +12,7 @@ import torch
 import torch._functorch.config as functorch
 from torch import nn
 
-from . import checkpoint
+from .randomness import random_state, set_random_state
 
 MODES = ("auto", "off", "default", "reduce-overhead", "max-autotune-no-cudagraphs", "graphs")
 
@@ -92,7 +92,7 @@ def keep_gradients(module: nn.Module) -> None:
 def unchanged(modules: Sequence[nn.Module], device: torch.device, gradients: bool = True) -> Iterator[None]:
     """Afterwards buffers and random numbers are as they were, and where ``gradients`` says so there are none."""
     buffers = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers()]
-    draws = checkpoint.random_state(device)
+    draws = random_state(device)
     try:
         yield
     finally:
@@ -101,7 +101,7 @@ def unchanged(modules: Sequence[nn.Module], device: torch.device, gradients: boo
                 buffer.copy_(before)
         for module in modules if gradients else ():
             module.zero_grad(set_to_none=True)
-        checkpoint.set_random_state(draws, device)
+        set_random_state(draws, device)
 
 
 def reason(error: BaseException) -> str:

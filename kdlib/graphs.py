@@ -53,6 +53,10 @@ class Graphs:
         graph.replay()
         return out
 
+    def forget(self) -> None:
+        """The gradients that it recorded are gone: the next step is recorded anew."""
+        self._key = None
+
     def record(self, images: Tensor, targets: Mapping[str, Tensor]) -> None:
         """Records the step for such images and targets, and a second one that adds its gradients if any will.
 

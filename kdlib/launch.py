@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -14,11 +16,12 @@ from .progress import console
 from .recipe import Recipe, json_schema, load
 from .recipe.weights import Convert
 from .runfolder import resolved
+from .signals import Stopped, ending
 from .usage import usage
 from .yaml12 import dump
 
 FLAGS = ("--help", "-h", "--print-config", "--schema", "--dry-run", "--quiet", "--debug")
-WRONG_INPUT, FAILED, STOPPED = 2, 1, 130
+WRONG_INPUT, FAILED, STOPPED = 2, 1, 128 + signal.SIGINT
 
 
 def main(
@@ -29,10 +32,10 @@ def main(
 ) -> int:
     """Runs ``body`` with the recipe of the command line ``[CONFIG…] [key=value …]``; returns the exit code.
 
-    0 is done, 2 is a config or an input that is wrong, 1 a disk or a file system that failed (one line each on stderr),
-    130 is Ctrl-C. ``default`` is read where no CONFIG is given. With ``--debug`` an error comes through as it is, with
-    ``--quiet`` nothing but errors is said, with ``--dry-run`` the plan of the run is printed instead of made;
-    ``convert`` is what ``runs.run`` is given.
+    0 is done, 2 is a config or an input that is wrong, 1 a disk, a worker, another process or numbers that failed (one
+    line each on stderr), 130 is Ctrl-C, 143 is SIGTERM. ``default`` is read where no CONFIG is given. With ``--debug``
+    an error comes through as it is, with ``--quiet`` nothing but errors is said, with ``--dry-run`` the plan of the run
+    is printed instead of made; ``convert`` is what ``runs.run`` is given.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     flags = {flag for flag in arguments if flag in FLAGS}
@@ -55,7 +58,8 @@ def main(
                 if os.environ.get("RANK", "0") == "0":
                     print(dry_run(recipe, convert))
             else:
-                body(recipe)
+                with ending():
+                    body(recipe)
         except ConfigError as error:
             raise ConfigError(with_origin(error.lines, document)) from error
     except Exception as error:
@@ -65,15 +69,19 @@ def main(
             return _fail(error.lines, WRONG_INPUT)
         if isinstance(error, ValueError):
             return _fail([f"{_line(error)} (--debug shows where)"], WRONG_INPUT)
+        if isinstance(error, FloatingPointError):
+            return _fail([_line(error)], FAILED)
         if isinstance(error, OSError):
             return _fail([f"{_line(error)} (what was saved before is whole; --debug shows where)"], FAILED)
         raise
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         if "--debug" in flags:
             raise
-        command = " ".join(["accelerate launch", sys.argv[0], *rest])
-        console.print(f"\nstopped; the last whole epoch is saved. To go on: {command}", markup=False)
-        return STOPPED
+        saved = "everything is saved" if isinstance(stop, Stopped) and stop.saved else "the last checkpoint is whole"
+        command = shlex.join(["accelerate", "launch", sys.argv[0], *rest])
+        if os.environ.get("RANK", "0") == "0":
+            console.print(f"\nstopped; {saved}. To go on: {command}", markup=False)
+        return 128 + (stop.number if isinstance(stop, Stopped) else signal.SIGINT)
     return 0
 
 

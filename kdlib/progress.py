@@ -31,6 +31,11 @@ class Bar:
             self._last = monotonic()
             self.print_line()
 
+    def go_back(self, done: int) -> None:
+        self.done = done
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, completed=done)
+
     def print_line(self) -> None:
         say(f"{self.title}: {self.done}/{self.total} {self.text}".rstrip(), self._shown)
 

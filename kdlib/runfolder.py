@@ -6,7 +6,8 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import metadata
 from typing import Any
 
@@ -15,13 +16,15 @@ from torch import nn
 
 from . import __version__, checkpoint
 from .config import ConfigError
+from .lock import LOCK, held
 from .recipe import Recipe
 from .recipe.weights import load_weights
 from .yaml12 import YAMLError, dump, parse
 
-NO_MATTER = ("output", "threads", "log_every")
+NO_MATTER = ("output", "threads", "log_every", "log_gradients", "save_every", "trackers")
 """Keys that change nothing in what a run computes."""
-CONFIG, SUMMARY, STUDENT = "config.yaml", "summary.json", "student.safetensors"
+CONFIG, SUMMARY = "config.yaml", "summary.json"
+STUDENT, AVERAGE = "student.safetensors", "student_ema.safetensors"
 
 
 def resolved(recipe: Recipe) -> dict[str, Any]:
@@ -48,7 +51,7 @@ def check_free(recipe: Recipe) -> None:
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         raise ConfigError([f"output: {folder} cannot be made: {above} is not a folder that you may write to"])
     if not file.exists():
-        if folder.exists() and any(path.name != f".tmp-{CONFIG}" for path in folder.iterdir()):
+        if folder.exists() and any(path.name not in (f".tmp-{CONFIG}", LOCK) for path in folder.iterdir()):
             raise ConfigError([f"output: {folder} is not empty and holds no run; choose another output=…"])
         return
     try:
@@ -70,19 +73,26 @@ def check_free(recipe: Recipe) -> None:
             )
 
 
-def claim(recipe: Recipe) -> None:
-    """Makes the folder and writes the config that it belongs to.
+@contextmanager
+def claimed(recipe: Recipe) -> Iterator[None]:
+    """Makes the folder and writes the config that it belongs to; inside, no other process can.
 
     Raises:
-        ConfigError: the folder cannot be made.
+        ConfigError: the folder cannot be made, another process runs in it, or it became another run's meanwhile.
         OSError: the config cannot be written.
     """
     try:
         recipe.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError([f"output: {recipe.output} cannot be made ({error.strerror})"]) from None
-    with checkpoint.whole(recipe.output / CONFIG) as draft:
-        draft.write_text(dump(resolved(recipe)), encoding="utf-8")
+    try:
+        with held(recipe.output):
+            check_free(recipe)
+            with checkpoint.whole(recipe.output / CONFIG) as draft:
+                draft.write_text(dump(resolved(recipe)), encoding="utf-8")
+            yield
+    except BlockingIOError as error:
+        raise ConfigError([f"output: {error}; wait until it ends, or choose another output=…"]) from None
 
 
 def finished(recipe: Recipe, student: nn.Module) -> tuple[dict[str, float], float] | None:
@@ -107,9 +117,13 @@ def finished(recipe: Recipe, student: nn.Module) -> tuple[dict[str, float], floa
     return found
 
 
-def finish(recipe: Recipe, student: nn.Module, result: Mapping[str, float], seconds: float) -> None:
-    """Writes the trained weights and then the summary, which says that the run is finished."""
+def finish(
+    recipe: Recipe, student: nn.Module, average: nn.Module | None, result: Mapping[str, float], seconds: float
+) -> None:
+    """Writes the trained weights, and their moving average, then the summary, which says that the run is finished."""
     checkpoint.save_weights(student, recipe.output / STUDENT)
+    if average is not None:
+        checkpoint.save_weights(average, recipe.output / AVERAGE)
     made_with = versions(next(student.parameters()).device)
     summary = {"result": dict(result), "seconds": seconds, "made_with": made_with}
     checkpoint.write_json(recipe.output / SUMMARY, summary)

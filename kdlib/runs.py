@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
@@ -13,16 +13,20 @@ from typing import Protocol
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from timm.utils import ModelEmaV3
 from torch import Tensor
 
-from . import runfolder
+from . import faults, runfolder, tracking
 from .config import ConfigError
 from .data import Data
 from .distiller import Distiller, Panel, Teacher
+from .evaluation import evaluate
 from .plan import Plan, fit
 from .progress import say
+from .ranks import on_main
 from .recipe import Recipe, build, load_children, weights
-from .train import Training, evaluate
+from .recipe import schema as recipes
+from .train import Training
 
 
 @dataclass
@@ -143,6 +147,10 @@ def get_ready(
         ConfigError: as ``run``.
     """
     runfolder.check_free(recipe)
+    try:
+        tracking.choose(recipe.trackers)
+    except ValueError as error:
+        raise ConfigError([f"trackers: {error}"]) from None
     if parent is not None and (parent.recipe.data, parent.recipe.seed) == (recipe.data, recipe.seed):
         data, images = parent.data, parent.images
     else:
@@ -176,10 +184,10 @@ def _first_images(data: Data, device: torch.device) -> Tensor:
 def _build(recipe: Recipe, title: str, data: Data, images: Tensor, convert: weights.Convert | None) -> Ready:
     """The models and the plan of one run, its children left out."""
     student = build.build_model(recipe.student, data, "student")
-    _load(student, recipe.student.weights, "student", convert)
+    _load(student, recipe.student, "student", convert)
     panel = Panel({name: build.build_model(spec, data, f"teachers.{name}") for name, spec in recipe.teachers.items()})
     for name, spec in recipe.teachers.items():
-        _load(panel[name], spec.weights, f"teachers.{name}", convert)
+        _load(panel[name], spec, f"teachers.{name}", convert)
     if (init := recipe.student.init) is not None and not weights.shared(student, panel[init]):
         raise ConfigError([f"student.init: no tensor of teacher {init!r} has a name and shape of the student's"])
     prepare = build.build_prepare(recipe, data, panel)
@@ -192,12 +200,14 @@ def _build(recipe: Recipe, title: str, data: Data, images: Tensor, convert: weig
     return Ready(recipe, title, data, images, student, panel, prepare, plan)
 
 
-def _load(model: torch.nn.Module, path: Path | None, where: str, convert: weights.Convert | None) -> None:
+def _load(
+    model: torch.nn.Module, spec: recipes.Student | recipes.Teacher, where: str, convert: weights.Convert | None
+) -> None:
     """Loads a file of weights if there is one to load; a dry run checks it where it is there."""
     dry = torch.get_default_device().type == "meta"
-    if path is not None and (path.exists() or not dry):
+    if spec.weights is not None and (spec.weights.exists() or not dry):
         with torch.device("cpu"):
-            weights.load_weights(model, path, f"{where}.weights", convert)
+            weights.load_weights(model, spec.weights, f"{where}.weights", convert, spec.sha256)
 
 
 @contextmanager
@@ -227,12 +237,12 @@ def _make(ready: Ready, accelerator: Accelerator) -> Outcome:
             own = len(student.state_dict()) - len(copied)
             say(f"{title}: {len(copied)} tensors from teacher {recipe.student.init!r}, {own} of its own", shown)
         say(f"{title}: {recipe.student.name} → {recipe.output}\n{ready.plan}", shown)
-        if shown:
-            runfolder.claim(recipe)
-        accelerator.wait_for_everyone()
-        result = _train(ready, accelerator)
-        if shown:
-            runfolder.finish(recipe, student, result, perf_counter() - began)
+        with ExitStack() as ours:
+            on_main(accelerator, lambda: ours.enter_context(runfolder.claimed(recipe)))
+            faults.reach("start")
+            result, average = _train(ready, accelerator)
+            seconds = perf_counter() - began
+            on_main(accelerator, lambda: runfolder.finish(recipe, student, average, result, seconds))
     else:
         result, outcome.seconds = found
         student.to(accelerator.device)
@@ -248,11 +258,14 @@ def _make(ready: Ready, accelerator: Accelerator) -> Outcome:
     return outcome
 
 
-def _train(ready: Ready, accelerator: Accelerator) -> dict[str, float]:
+def _train(ready: Ready, accelerator: Accelerator) -> tuple[dict[str, float], torch.nn.Module | None]:
+    """The last evaluation, and the student's moving average where there is one."""
     recipe, terms, data, panel = ready.recipe, ready.plan.terms, ready.data, ready.panel
-    set_seed(recipe.seed)  # what was drawn above depends on what was there already
+    set_seed(recipe.seed, device_specific=True)  # what was drawn above depends on what was there already
     memory = torch.channels_last if recipe.channels_last else torch.preserve_format
-    distiller = Distiller(ready.student.to(accelerator.device, memory_format=memory), terms).to(accelerator.device)  # type: ignore[call-overload]
+    student = ready.student.to(accelerator.device, memory_format=memory)  # type: ignore[call-overload]
+    ema = ModelEmaV3(student, recipe.ema.decay, use_warmup=recipe.ema.warmup) if recipe.ema is not None else None
+    distiller = Distiller(student, terms).to(accelerator.device)
     teacher = (
         Teacher(panel, terms, prepare=ready.prepare, channels_last=recipe.channels_last).to(accelerator.device)
         if panel
@@ -269,14 +282,22 @@ def _train(ready: Ready, accelerator: Accelerator) -> dict[str, float]:
         recipe.output,
         recipe.epochs,
         ready.title,
-        recipe.accumulate,
-        recipe.optimizer.clip_grad,
-        recipe.channels_last,
-        recipe.compile.mode,
-        recipe.log_every,
-        recipe.eval_every,
+        accumulate=recipe.accumulate,
+        clip_grad=recipe.optimizer.clip_grad,
+        channels_last=recipe.channels_last,
+        compile=recipe.compile.mode,
+        ema=ema,
+        log_every=recipe.log_every,
+        log_gradients=recipe.log_gradients,
+        eval_every=recipe.eval_every,
+        save_every=recipe.save_every,
+        metric=recipe.metric,
+        patience=recipe.patience,
+        on_nonfinite=recipe.on_nonfinite,
+        trackers=tracking.choose(recipe.trackers),
+        config=runfolder.resolved(recipe),
     )
     try:
-        return training.run()
+        return training.run(), None if ema is None else ema.module
     finally:
         distiller.taps.remove()

@@ -2,33 +2,41 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
+from math import isfinite
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from . import checkpoint, compiling
+from . import checkpoint, compiling, faults, gradients
 from .data import Data, with_targets
-from .data import Loader as Batches
 from .distiller import Distilled, Distiller, Teacher
+from .evaluation import evaluate, with_best
+from .guard import LIMIT, Guard, NotFinite, Shield
 from .graphs import Graphs, try_graphs
-from .progress import Bar, bar, say
+from .journal import GRADIENT, LOSS, Journal
+from .progress import bar, say
+from .ranks import losses_told, on_main, share_buffers
+from .signals import Stopped, listen
+from .state import Place, State
+
+BEST = "student_best.safetensors"
 
 
 @dataclass
 class Training:
     """Everything that one run trains with, and how long.
 
-    ``start`` goes on from the newest checkpoint in ``folder``, epoch by epoch; a run that was stopped and started again
-    with the same command repeats the epoch that it was stopped in.
+    ``run`` goes on from the newest checkpoint in ``folder``; a run that was stopped anywhere and started again ends as
+    one that never was, bit for bit.
     """
 
     distiller: Distiller
@@ -42,51 +50,88 @@ class Training:
     epochs: int
     title: str = "train"
     accumulate: int = 1
+    """Batches per optimizer step; those at an epoch's end that do not fill a step are left out."""
     clip_grad: float | None = None
     channels_last: bool = False
     compile: str = "auto"
     """A mode of ``compiling.MODES``."""
+    ema: ModelEmaV3 | None = None
+    """Moving average of the student, made before the distiller was."""
     log_every: int = 50
+    log_gradients: bool = False
     eval_every: int = 1
+    save_every: int = 0
+    """Steps between two checkpoints; 0 is one an epoch."""
+    metric: str = "top1"
+    """What tells the best student."""
+    patience: int = 0
+    """Evaluations without a better ``metric`` after which the run ends; 0 is never."""
+    on_nonfinite: str = "stop"
+    """One of ``guard.POLICIES``."""
+    trackers: Sequence[str] = ()
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """What trackers are told about the run."""
 
     def run(self) -> dict[str, float]:
-        """Trains to the end and returns the last evaluation: ``top1``, ``top5`` in percent and ``loss``."""
-        main = self.accelerator.is_main_process
-        self.accelerator.gradient_accumulation_steps = self.accumulate
-        first, step, result = self._resume()
-        self.engine, self.prepared = self.accelerator.prepare(self.distiller, self.optimizer)
-        self.mode = compiling.resolve(self.compile, self.accelerator.device)
-        self.graphs: Graphs | None = None
-        self.adds = False
-        if self.mode is not None and first < self.epochs:
-            self._compile(first)
-        steps = len(self.data.train)
-        with bar(self.title, self.epochs * steps, first * steps, main) as progress:
-            for epoch in range(first, self.epochs):
-                started = perf_counter()
-                self._set_epoch(epoch)
-                means, step = self._epoch(epoch, step, progress)
-                if (epoch + 1) % self.eval_every == 0 or epoch + 1 == self.epochs:
-                    result = evaluate(self.distiller.student, self.data.test, self.accelerator, self.channels_last)
-                    progress.say(f"top-1 {result['top1']:.2f} %")
-                    means |= result
-                seconds = perf_counter() - started
-                rate = self.data.train.samples * self.accelerator.num_processes / seconds
-                weights = self.distiller.weights_in_force()
-                done = {"epoch": epoch + 1, "step": step, **means}
-                self._log({**done, "weights": weights, "seconds": seconds, "images_per_second": rate})
-                if main:
-                    self._save(epoch + 1, step, result)
-                self.accelerator.wait_for_everyone()
-        self.accelerator.free_memory()
-        return result
+        """Trains to the end; gives the last evaluation (``top1``, ``top5`` in percent, ``test_loss``) and the best.
 
-    def _compile(self, epoch: int) -> None:
-        """Compiles for the terms of ``epoch``, trying it on its first batch."""
+        Raises:
+            Stopped: SIGTERM or Ctrl-C; everything is saved.
+            FloatingPointError: a loss or gradient that is not finite, where the policy is to stop.
+            OSError: a disk, a worker or another process failed; the last checkpoint is whole.
+        """
+        self.batches = len(self.data.train) // self.accumulate * self.accumulate
+        self.main = self.accelerator.is_main_process
+        self.state = State(self.folder, self.accelerator, self.distiller, self.optimizer, self.ema)
+        self.guard = Guard(self.on_nonfinite, self.folder, self.title, self.data.train, self.accumulate)
+        self.journal = Journal(self.folder, self.accelerator, self.data.train, self.accumulate, self.guard.look)
+        self.shield = Shield(self.distiller, self.optimizer, self.accelerator) if self.on_nonfinite == "skip" else None
+        with losses_told(), listen() as self.asked:
+            self._begin()
+            done = self.at.epoch * self.batches + self.at.batch
+            try:
+                with bar(self.title, self.epochs * self.batches, done, self.main) as self.bar:
+                    while self.at.epoch < self.epochs and not 0 < self.patience <= self.at.stale:
+                        try:
+                            self._epoch()
+                            self._conclude()
+                        except NotFinite as bad:
+                            self._answer(bad)
+            finally:
+                self.journal.close()
+        self.accelerator.free_memory()
+        return self.at.result
+
+    def _begin(self) -> None:
+        """Puts the run where it goes on, and everything into its place for the first step."""
+        place = self.state.load()
+        if place is not None and place.step:
+            after = f"after epoch {place.epoch} of {self.epochs}" + (f", batch {place.batch}" if place.batch else "")
+            say(f"{self.title}: goes on {after}", self.main)
+        self.at = place or Place()
+        self.engine, self.prepared = self.accelerator.prepare(self.distiller, self.optimizer)
+        if place is None:
+            self.state.save(self.at)  # a disk that cannot hold it says so now, and there is a point to go back to
+        self.graphs: Graphs | None = None
+        self._set_out()
+        self.mode = compiling.resolve(self.compile, self.accelerator.device)
+        if self.mode is not None and self.at.epoch < self.epochs:
+            self._compile()
+
+    def _set_out(self) -> None:
+        """What follows from where the run is."""
+        self.accelerator.gradient_accumulation_steps, self.accelerator.step = self.accumulate, 0
+        self.optimizer.zero_grad()
+        if self.graphs is not None:
+            self.graphs.forget()
+        self.scheduler.step_update(self.at.step)
+        self.journal.start(self.at, self.trackers, self.config)
+
+    def _compile(self) -> None:
+        """Compiles for the terms of this epoch, trying it on its first batch."""
         assert self.mode is not None
-        self._set_epoch(epoch)
-        self.engine.train()
-        images, targets = next(self._batches(epoch))
+        self._set_epoch()
+        images, targets = next(self._batches(0))
         modules = [self.distiller] if self.teacher is None else [self.distiller, self.teacher]
         if self.mode == "graphs":
             graphs = Graphs(self._backward, modules, self.distiller.live, self.accumulate)
@@ -94,130 +139,179 @@ class Training:
         else:
             backward = partial(self._backward, images, targets)
             self.mode, line = compiling.rehearse(backward, modules, self.mode, images.device)
-        say(f"{self.title}: {line}", self.accelerator.is_main_process)
+        say(f"{self.title}: {line}", self.main)
 
-    def _set_epoch(self, epoch: int) -> None:
-        self.distiller.set_epoch(epoch, self.epochs)
+    # one epoch
+
+    def _epoch(self) -> None:
+        """What is left of an epoch's batches. Numbers stay on the device until a line or a checkpoint wants them."""
+        self._set_epoch()
+        at, left = self.at, islice(self._batches(self.at.batch), self.batches - self.at.batch)
+        for images, targets in self.journal.timed(at, left):
+            faults.reach("batch")
+            self._step(images, targets)
+            at.batch += 1
+            self.bar.advance()
+            if ended := at.batch % self.accumulate == 0:
+                at.step += 1
+                self.scheduler.step_update(at.step)
+                if self.ema is not None:
+                    self.ema.update(self.distiller.student, at.step)
+                faults.reach("step")
+            if at.batch % self.log_every == 0:
+                self._tell(images, targets)
+            if ended:
+                self._save_if_due()
+        self.journal.read(at)
+
+    def _set_epoch(self) -> None:
+        self.distiller.set_epoch(self.at.epoch, self.epochs)
         if self.teacher is not None:
-            self.teacher.set_epoch(epoch, self.epochs)
-
-    def _batches(self, epoch: int) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-        return with_targets(self.data.train, [key for term in self.distiller.terms for key in term.targets], epoch)
-
-    def _epoch(self, epoch: int, step: int, progress: Bar) -> tuple[dict[str, Any], int]:
-        """One pass over the training images. Sums stay on the device until a log line wants them."""
+            self.teacher.set_epoch(self.at.epoch, self.epochs)
         self.engine.train()
-        sums: dict[str, Tensor] = {}
-        counts: dict[str, int] = {}
-        for i, (images, targets) in enumerate(self._batches(epoch), start=1):
-            out = self._step(images, targets)
-            for name, value in {"loss": out.loss.detach(), **out.terms}.items():
-                sums[name] = sums[name] + value if name in sums else value.clone()
-                counts[name] = counts.get(name, 0) + 1
-            if self.accelerator.sync_gradients:
-                step += 1
-                self.scheduler.step_update(step)
-            progress.advance()
-            if i % self.log_every == 0:
-                means = self._means(sums, counts)
-                progress.say(f"loss {means['loss']:.4f}")
-                self._log({"epoch": epoch + i / len(self.data.train), "step": step, **means, "lr": self._lr()})
-        return {**self._means(sums, counts), "lr": self._lr()}, step
 
-    def _step(self, images: Tensor, targets: dict[str, Tensor]) -> Distilled:
+    def _batches(self, start: int) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        reads = [key for term in self.distiller.terms for key in term.targets]
+        return with_targets(self.data.train, reads, self.at.epoch, start)
+
+    def _step(self, images: Tensor, targets: dict[str, Tensor]) -> None:
+        begins = self.at.batch % self.accumulate == 0
+        place = (self.at.epoch, self.at.batch - self.at.batch % self.accumulate)
+        if place == self.guard.suspect:
+            self._accuse(images, targets)
         with self.accelerator.accumulate(self.engine):
-            out = self._backward(images, targets) if self.graphs is None else self.graphs(images, targets, self.adds)
-            self.adds = not self.accelerator.sync_gradients
-            if self.mode == "reduce-overhead" and self.adds:
+            if list(place) in self.at.skipped:
+                return  # it counts as a step, and nothing is learned from it
+            if self.shield is not None and begins:
+                self.shield.remember()
+            out = self._backward(images, targets) if self.graphs is None else self.graphs(images, targets, not begins)
+            if self.mode == "reduce-overhead" and not self.accelerator.sync_gradients:
                 compiling.keep_gradients(self.distiller)
-            if self.clip_grad is not None and self.accelerator.sync_gradients:
-                self.accelerator.clip_grad_norm_(self.distiller.parameters(), self.clip_grad)
-            self.prepared.step()
-            if self.graphs is None:  # theirs live in recorded memory
-                self.prepared.zero_grad()
-        return out
+            faults.reach("backward")
+            row = self.journal.add(self.at, {LOSS: out.loss, GRADIENT: self._gradient(), **out.terms})
+            if self.shield is not None:
+                self.shield.see(row)
+            self._update()
 
     def _backward(self, images: Tensor, targets: dict[str, Tensor]) -> Distilled:
         compiling.begin_step(self.mode)
+        out: Distilled = self.engine(*self._asked(images, targets))
+        self.accelerator.backward(out.loss)
+        return out
+
+    def _asked(self, images: Tensor, targets: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The batch, with what the teacher says of it."""
         if self.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         if self.teacher is not None:
             with self.accelerator.autocast():
                 targets = targets | self.teacher(images)
-        out: Distilled = self.engine(images, targets)
-        self.accelerator.backward(out.loss)
-        return out
+        return images, targets
 
-    def _means(self, sums: dict[str, Tensor], counts: dict[str, int]) -> dict[str, Any]:
-        stacked = torch.stack([total.float() / counts[name] for name, total in sums.items()])
-        mean = self.accelerator.reduce(stacked, reduction="mean").tolist()
-        values = dict(zip(sums, mean, strict=True))
-        return {"loss": values.pop("loss"), "terms": values}
+    def _gradient(self) -> Tensor:
+        """The norm of a whole step's gradient, which is clipped where asked; zero before the step's last batch."""
+        if self.accelerator.sync_gradients:
+            return gradients.norm(self.accelerator, self.distiller, self.clip_grad)
+        return torch.zeros((), device=self.accelerator.device)
 
-    def _lr(self) -> float:
-        return float(self.optimizer.param_groups[0]["lr"])
+    def _update(self) -> None:
+        shield = self.shield if self.accelerator.sync_gradients else None
+        if shield is not None:
+            shield.disarm()
+        self.prepared.step()
+        if self.graphs is None:  # theirs live in recorded memory
+            self.prepared.zero_grad()
+        if shield is not None:
+            shield.settle()
 
-    def _log(self, line: dict[str, Any]) -> None:
-        if self.accelerator.is_main_process:
-            with (self.folder / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps(line) + "\n")
+    # between steps
 
-    def _forget_after(self, step: int) -> None:
-        """Takes the lines that the checkpoint of ``step`` does not know out of the metrics, a half-written one too."""
-        file = self.folder / "metrics.jsonl"
-        lines = file.read_text().splitlines() if file.exists() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        draft = file.with_name(".tmp-metrics.jsonl")
-        draft.write_text("".join(f"{line}\n" for line in kept))
-        draft.replace(file)
+    def _tell(self, images: Tensor, targets: dict[str, Tensor]) -> None:
+        """A line within an epoch."""
+        line = self.journal.line(self.at, self.optimizer)
+        if self.log_gradients:
+            norms = self._norms(images, targets, self.distiller.student)
+            line["gradient_shares"] = {name: norm / (sum(norms.values()) or 1.0) for name, norm in norms.items()}
+        self.bar.say(f"loss {line['loss'] or 0:.4f}")
+        self.journal.write(self.at, line)
 
-    def _save(self, epoch: int, step: int, result: dict[str, float]) -> None:
-        state = {
-            "epoch": epoch,
-            "result": result,
-            "distiller": self.distiller.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "random": checkpoint.random_state(self.accelerator.device),
-        }
-        checkpoint.save(self.folder / "checkpoints", step, state)
+    def _save_if_due(self) -> None:
+        asked = self.asked.agreed(self.at.step)
+        if asked or (self.save_every and self.at.step % self.save_every == 0 and self.at.batch < self.batches):
+            self.journal.read(self.at)
+            self.state.save(self.at)
+        if asked:
+            raise Stopped(asked, saved=True)
 
-    def _resume(self) -> tuple[int, int, dict[str, float]]:
-        """(epochs done, steps done, last evaluation) of the newest whole checkpoint, its state put back."""
-        found = checkpoint.load_latest(self.folder / "checkpoints")
-        if found is None:
-            return 0, 0, {}
-        step, state, notes = found
-        for note in notes:
-            say(note, self.accelerator.is_main_process)
-        if self.accelerator.is_main_process:
-            self._forget_after(step)
-        self.distiller.load_state_dict(state["distiller"])
-        optimizer = state["optimizer"]
-        optimizer["state"] = {int(key): value for key, value in optimizer["state"].items()}  # JSON keys are text
-        self.optimizer.load_state_dict(optimizer)
-        self.scheduler.step_update(step)
-        checkpoint.set_random_state(state["random"], self.accelerator.device)
-        say(f"{self.title}: goes on after epoch {state['epoch']} of {self.epochs}", self.accelerator.is_main_process)
-        return state["epoch"], step, state["result"]
+    def _conclude(self) -> None:
+        """The end of an epoch."""
+        at, line = self.at, self.journal.line(self.at, self.optimizer)
+        if (at.epoch + 1) % self.eval_every == 0 or at.epoch + 1 == self.epochs:
+            self._evaluate()
+            line |= at.result
+            self.bar.say(f"top-1 {at.result['top1']:.2f} %")
+        self.journal.tick(at)
+        self.journal.write(at, {**line, "weights": self.distiller.weights_in_force(), "seconds": at.seconds})
+        at.begin_epoch(at.epoch + 1)
+        self.state.save(at)
+        if asked := self.asked.agreed():
+            raise Stopped(asked, saved=True)
 
+    def _evaluate(self) -> None:
+        """Measures the student and its average; keeps the weights of the best evaluation."""
+        faults.reach("evaluate")
+        models = {"": self.distiller.student} | ({} if self.ema is None else {"ema_": self.ema.module})
+        found: dict[str, float] = {}
+        for prefix, model in models.items():
+            share_buffers(self.accelerator, model)
+            result = evaluate(model, self.data.test, self.accelerator, self.channels_last)
+            found |= {f"{prefix}{name}": value for name, value in result.items()}
+        self.at.result, better = with_best(found, self.at.result, self.metric, self.at.epoch + 1)
+        self.at.stale = 0 if better else self.at.stale + 1
+        if better:
+            best = models["ema_" if self.metric.startswith("ema_") else ""]
+            on_main(self.accelerator, lambda: checkpoint.save_weights(best, self.folder / BEST))
+            faults.reach("best")
 
-@torch.no_grad()
-def evaluate(
-    model: nn.Module, batches: Batches, accelerator: Accelerator, channels_last: bool = False
-) -> dict[str, float]:
-    """Top-1 and top-5 in percent over all ranks, every image counted once; the model's mode is restored."""
-    training = model.training
-    model.eval()
-    sums = torch.zeros(4, device=accelerator.device)
-    for images, labels in batches.epoch(0):
-        if channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
-        with accelerator.autocast():
-            logits = model(images)
-        ranked = logits.float().topk(min(5, logits.shape[-1])).indices == labels[:, None]
-        loss = nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
-        hits = ranked.float()
-        sums += torch.stack([hits[:, 0].sum(), hits.sum(), loss, torch.full_like(loss, len(labels))])
-    model.train(training)
-    top1, top5, loss, count = accelerator.reduce(sums, reduction="sum").tolist()
-    return {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "test_loss": loss / count}
+    # numbers that go wrong
+
+    def _answer(self, bad: NotFinite) -> None:
+        """Goes back to the last checkpoint where the policy, or the search for the term, wants it.
+
+        Raises:
+            FloatingPointError: the run stops for it.
+        """
+        search = self.guard.wants_to_search(bad)
+        if not search:
+            on_main(self.accelerator, lambda: self.guard.report(bad))
+        if not search and (self.on_nonfinite == "stop" or len(self.at.skipped) >= LIMIT):
+            raise self.guard.end(bad)
+        left_out = [*self.at.skipped, *([] if search else [list(self.guard.begins(bad))])]
+        place = self.state.load()
+        assert place is not None
+        self.at = place
+        self.at.skipped = left_out
+        self._set_out()
+        self.bar.go_back(self.at.epoch * self.batches + self.at.batch)
+        say(f"{self.title}: {bad} was not finite; back at step {self.at.step}", self.main)
+
+    def _accuse(self, images: Tensor, targets: dict[str, Tensor]) -> None:
+        """Raises on the terms whose gradient over this batch is not finite.
+
+        Raises:
+            NotFinite: there are some.
+        """
+        norms = self._norms(images, targets, self.distiller)
+        if guilty := tuple(name for name, norm in norms.items() if not isfinite(norm)):
+            ranks = tuple(range(self.accelerator.num_processes))
+            raise NotFinite(self.at.epoch, self.at.batch, "gradient", guilty, ranks)
+
+    def _norms(self, images: Tensor, targets: dict[str, Tensor], of: nn.Module) -> dict[str, float]:
+        """The norm of each term's gradient over one batch, mean over ranks."""
+        with (
+            compiling.unchanged([self.distiller], self.accelerator.device, gradients=False),
+            self.accelerator.autocast(),
+        ):
+            norms = gradients.by_term(self.distiller, *self._asked(images, targets), of.parameters())
+        mean = self.accelerator.reduce(torch.stack(list(norms.values())), reduction="mean").tolist()
+        return dict(zip(norms, mean, strict=True))

@@ -20,6 +20,8 @@ SECTIONS = {
     "Augment": "data.augment",
     "Optimizer": "optimizer",
     "Schedule": "schedule",
+    "Ema": "ema",
+    "Compile": "compile",
 }
 WIDTH = 110
 

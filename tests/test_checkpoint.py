@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from kdlib import checkpoint
 from kdlib.checkpoint import MANIFEST, TENSORS, TREE, load_latest, save, save_weights, write_json
+from kdlib.randomness import random_state, set_random_state
 from tests.conftest import ROOT
 
 CPU = torch.device("cpu")
@@ -122,9 +123,9 @@ def draws() -> list[Any]:
 def test_random_numbers_go_on_exactly(odd: int, tmp_path: Path) -> None:
     for _ in range(odd):  # a normal deviate is left over in numpy's and Python's generators
         np.random.standard_normal(1), random.gauss(0, 1), torch.randn(1)
-    save(tmp_path, 1, {"random": checkpoint.random_state(CPU)})
+    save(tmp_path, 1, {"random": random_state(CPU)})
     expected = draws()
-    checkpoint.set_random_state(latest(tmp_path)[1]["random"], CPU)
+    set_random_state(latest(tmp_path)[1]["random"], CPU)
     assert draws() == expected
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from ..signals import calm
 from .augment import Augment, BatchAugment, crop_flip, crop_flip_draws, rand_augment
 from .fashion import Arrays
 from .samplers import EpochBatches, generator, seeded
@@ -222,6 +223,7 @@ class FileLoader:
             collate_fn=_collate,
             pin_memory=device.type == "cuda",
             persistent_workers=workers > 0,
+            worker_init_fn=calm,
             # without it every iterator draws a number from the global generator
             generator=generator(batches.seed, "loader"),
         )

@@ -39,6 +39,8 @@ def _models(recipe: Recipe) -> Iterator[tuple[Key, str]]:
         if not spec.name.startswith(HUB) and not timm.is_model(spec.name):
             hint = nearest(spec.name, timm.list_models()) or "; timm.list_models() lists them"
             yield (*key, "name"), f"no model {short(spec.name)}{hint}"
+        if spec.sha256 is not None and spec.weights is None:  # type: ignore[attr-defined]
+            yield (*key, "sha256"), "names no file; give weights: the file that it is of"
         for argument in OWN_DOORS:
             if argument in spec.arguments:
                 yield (*key, argument), "is not taken from a config; name a file of tensors by weights"
@@ -130,6 +132,8 @@ def _whom(loss: str, teacher: str | None, recipe: Recipe) -> str | None:
 
 def _training(recipe: Recipe) -> Iterator[tuple[Key, str]]:
     schedule, epochs = recipe.schedule, recipe.epochs
+    if recipe.metric.startswith("ema_") and recipe.ema is None:
+        yield ("metric",), f"there is no moving average to measure; give ema: {{decay: …}} (got {recipe.metric!r})"
     if schedule.warmup_epochs + schedule.cooldown_epochs >= epochs:
         yield (
             ("schedule",),

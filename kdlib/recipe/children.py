@@ -7,9 +7,12 @@ from typing import Any
 from ..config import Document, Key
 from .schema import Recipe
 
-SHARED = ("data", "seed", "precision", "tf32", "channels_last", "compile", "threads", "log_every", "eval_every")
+SHARED = (
+    *("data", "seed", "precision", "tf32", "channels_last", "compile", "threads"),
+    *("log_every", "trackers", "eval_every", "save_every", "on_nonfinite"),
+)
 """What every child takes over unless it says otherwise."""
-SAME_TRAINING = ("epochs", "optimizer", "schedule", "accumulate")
+SAME_TRAINING = ("epochs", "optimizer", "schedule", "accumulate", "ema", "metric", "patience")
 """What the baseline takes over besides, so that it differs in the objective alone."""
 
 

@@ -9,7 +9,9 @@ from pydantic import Field, StrictBool
 from torch import nn
 
 from ..losses import LOSSES
-from .fields import Count, Location, Moment, Named, Natural, Number, Positive, Share, Strict, Taps
+from .fields import Count, Decay, Digest, Location, Moment, Named, Natural, Number, Positive, Share, Strict, Taps
+
+Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "aim", "clearml", "dvclive", "swanlab"]
 
 
 class Loss(Named):
@@ -33,6 +35,8 @@ class Student(Named):
 
     weights: Location | None = None
     """File to start from: safetensors, or what torch.load(weights_only=True) reads."""
+    sha256: Digest | None = None
+    """SHA-256 of that file, or at least its first 8 digits; another file is refused."""
     init: str | None = None
     """Name of a teacher whose weights the student starts from, tensor by tensor where name and shape agree."""
 
@@ -42,6 +46,8 @@ class Teacher(Named):
 
     weights: Location | None = None
     """File of trained weights. Without it and without ``pretrained: true`` the teacher is trained first."""
+    sha256: Digest | None = None
+    """SHA-256 of that file, or at least its first 8 digits; another file is refused."""
     recipe: dict[str, Any] | None = None
     """The recipe that trains it, over this one's data and seed; ``{base: teacher.yaml}`` names a file."""
     mean: tuple[Number, ...] | None = None
@@ -129,6 +135,15 @@ class Compile(Strict):
     a CUDA graph and starts at once; ``reduce-overhead`` compiles it first, which takes a minute and runs faster."""
 
 
+class Ema(Strict):
+    """Exponential moving average of the student's weights, evaluated and saved beside it."""
+
+    decay: Decay = 0.9999
+    """Share of the average that stays at each step."""
+    warmup: StrictBool = False
+    """Begins with a small decay, 1 - (1 + step)^(-2/3), and lets it grow to ``decay``."""
+
+
 class Recipe(Strict):
     """A whole run: who learns, from whom, on what, for how long."""
 
@@ -154,9 +169,22 @@ class Recipe(Strict):
     threads: Natural = 0
     """CPU threads; 0 takes all cores for one process, whatever the launcher set."""
     seed: Natural = 0
+    ema: Ema | None = None
     log_every: Count = 50
-    """Steps between two lines of metrics.jsonl."""
+    """Batches between two lines of metrics.jsonl."""
+    log_gradients: StrictBool = False
+    """Each line tells each term's share of the gradient; costs a backward pass a term and line."""
+    trackers: Literal["auto"] | tuple[Tracker, ...] = "auto"
+    """Where numbers go beside metrics.jsonl; ``auto`` is TensorBoard if it is installed."""
     eval_every: Count = 1
     """Epochs between two evaluations; the last epoch is always evaluated."""
+    metric: Literal["top1", "top5", "test_loss", "ema_top1", "ema_top5", "ema_test_loss"] = "top1"
+    """What tells the best student, which is saved as student_best.safetensors."""
+    patience: Natural = 0
+    """Evaluations without a better ``metric`` after which the run ends; 0 is never."""
+    save_every: Natural = 0
+    """Steps between two checkpoints within an epoch; each epoch ends with one."""
+    on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"
+    """What to do about NaN or infinity: end, undo the step, or go back to the checkpoint and leave the step out."""
     output: Location = Path("runs/run")
     """Folder of the run, by default runs/ and the names of the CONFIGs; what it trains besides lies beside it."""

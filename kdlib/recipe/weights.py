@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,22 @@ Convert = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 """Turns a checkpoint of foreign names into the state dict of a model here; ValueError if it does not know it."""
 
 
-def load_weights(model: nn.Module, path: Path, where: str, convert: Convert | None = None) -> None:
+def load_weights(
+    model: nn.Module, path: Path, where: str, convert: Convert | None = None, sha256: str | None = None
+) -> None:
     """Loads a file of weights into a model, strictly.
 
     Args:
         convert: tried where the names in the file are not the model's.
+        sha256: what the file's SHA-256 must begin with.
 
     Raises:
         ConfigError: a file that is missing or corrupt, or whose tensors are not the model's.
     """
+    if sha256 is not None and path.is_file() and not (found := digest(path)).startswith(sha256):
+        raise ConfigError(
+            [f"{where}: {path} is not the file that sha256 names ({found[: len(sha256)]}… there, {sha256} asked for)"]
+        )
     state = read_weights(path, where)
     own = model.state_dict()
     if convert is not None and set(state) != set(own):
@@ -84,6 +92,12 @@ def read_weights(path: Path, where: str) -> Mapping[str, Tensor]:
     ):
         raise ConfigError([f"{where}: {path} holds no state dict (names to tensors); save model.state_dict()"])
     return state
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def shared(student: nn.Module, teacher: nn.Module) -> list[str]:

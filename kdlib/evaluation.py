@@ -1,0 +1,42 @@
+"""How good a model is on the test images, over all processes."""
+
+from __future__ import annotations
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from .data import Loader
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, batches: Loader, accelerator: Accelerator, channels_last: bool = False
+) -> dict[str, float]:
+    """Top-1 and top-5 in percent over all ranks, every image counted once; the model's mode is restored."""
+    training = model.training
+    model.eval()
+    sums = torch.zeros(4, device=accelerator.device)
+    for images, labels in batches.epoch(0):
+        if channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        with accelerator.autocast():
+            logits = model(images)
+        ranked = logits.float().topk(min(5, logits.shape[-1])).indices == labels[:, None]
+        loss = nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
+        hits = ranked.float()
+        sums += torch.stack([hits[:, 0].sum(), hits.sum(), loss, torch.full_like(loss, len(labels))])
+    model.train(training)
+    top1, top5, loss, count = accelerator.reduce(sums, reduction="sum").tolist()
+    return {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "test_loss": loss / count}
+
+
+def with_best(
+    found: dict[str, float], before: dict[str, float], metric: str, epoch: int
+) -> tuple[dict[str, float], bool]:
+    """``found`` with the best ``metric`` so far and its epoch, and whether that is now. Of a loss, less is better."""
+    best = f"best_{metric}"
+    sign = -1 if metric.endswith("loss") else 1
+    if best not in before or sign * found[metric] > sign * before[best]:
+        return {**found, best: found[metric], "best_epoch": epoch}, True
+    return {**found, best: before[best], "best_epoch": before["best_epoch"]}, False

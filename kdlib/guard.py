@@ -1,0 +1,190 @@
+"""Numbers that go wrong: who is to blame, what is written down, and how a step is undone without waiting for it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from . import checkpoint
+from .data import Loader
+from .data.samplers import EpochBatches, epoch_order
+from .journal import GRADIENT, LOSS, Row
+from .progress import say
+
+POLICIES = ("stop", "skip", "rollback")
+LIMIT = 50
+"""So many steps in a row, or rollbacks in a run, are no accident: the run stops whatever the policy."""
+REPORT = "nonfinite.json"
+
+
+@dataclass
+class NotFinite(Exception):
+    """A batch at which something was NaN or infinite. ``epoch`` and ``batch`` are counted from 0."""
+
+    epoch: int
+    batch: int
+    what: Literal["term", "loss", "gradient"]
+    """The earliest of these: a term, the sum of terms that are finite, the gradient of a sum that is."""
+    names: tuple[str, ...]
+    """The terms, where that is known."""
+    ranks: tuple[int, ...]
+    """Whose batch it was; for a gradient that nobody is known to have caused, all."""
+
+    def __str__(self) -> str:
+        terms = f"term {', '.join(map(repr, self.names))}"
+        whole = {"term": terms, "loss": "the sum of the terms", "gradient": "the gradient"}[self.what]
+        return f"{whole} of {terms}" if self.what == "gradient" and self.names else whole
+
+
+def find(rows: Iterable[Row], epoch: int) -> list[NotFinite]:
+    """The batches that are not finite, oldest first."""
+    found = []
+    for batch, ranks in rows:
+        bad: dict[str, set[int]] = {}
+        for rank, values in enumerate(ranks):
+            for name, value in values.items():
+                if not math.isfinite(value):
+                    bad.setdefault(name, set()).add(rank)
+        gradient, loss = bad.pop(GRADIENT, set()), bad.pop(LOSS, set())
+        if bad:
+            found.append(NotFinite(epoch, batch, "term", tuple(bad), tuple(sorted(set().union(*bad.values())))))
+        elif loss:
+            found.append(NotFinite(epoch, batch, "loss", (), tuple(sorted(loss))))
+        elif gradient:
+            found.append(NotFinite(epoch, batch, "gradient", (), tuple(range(len(ranks)))))
+    return found
+
+
+def images(bad: NotFinite, batches: EpochBatches, accumulate: int) -> list[int]:
+    """Numbers of the images that were looked at: the batch's, or the whole step's where only its gradient is known."""
+    first = bad.batch - bad.batch % accumulate
+    step = bad.what == "gradient" and not bad.names
+    return [
+        image
+        for rank in bad.ranks
+        for number in (range(first, first + accumulate) if step else [bad.batch])
+        for image in epoch_order(
+            batches.images,
+            batches.batch_size,
+            seed=batches.seed,
+            epoch=bad.epoch,
+            rank=rank,
+            world_size=batches.world_size,
+        )[number].tolist()
+    ]
+
+
+class Guard:
+    """Looks at the numbers of a run and applies its policy to those that are not finite.
+
+    ``stop`` ends the run; ``skip`` wants a ``Shield`` around each step, and only writes down here what that undid;
+    ``rollback`` goes back to the last checkpoint and leaves the step out. A gradient that is not finite, though every
+    term is, is first met again from the last checkpoint on, to see whose it is.
+    """
+
+    def __init__(self, policy: str, folder: Path, title: str, data: Loader, accumulate: int) -> None:
+        assert policy in POLICIES, policy
+        self.policy, self.folder, self.title, self.data, self.accumulate = policy, folder, title, data, accumulate
+        self.suspect: tuple[int, int] | None = None
+        """Epoch and first batch of the step at which each term's gradient is looked at by itself."""
+
+    def look(self, rows: Sequence[Row], epoch: int) -> None:
+        """Raises on the first of ``rows`` that is not finite, or tells of all of them.
+
+        Raises:
+            NotFinite: the run must go back or stop.
+            FloatingPointError: nothing is left but skipping.
+        """
+        found = find(rows, epoch)
+        if found and self.policy != "skip":
+            raise found[0]
+        for bad in found:
+            self.report(bad)
+        if len(found) == len(rows) > LIMIT:
+            raise FloatingPointError(f"{self.title}: {len(rows)} batches in a row were not finite, the last by {bad}")
+
+    def begins(self, bad: NotFinite) -> tuple[int, int]:
+        """Epoch and first batch of its step."""
+        return bad.epoch, bad.batch - bad.batch % self.accumulate
+
+    def wants_to_search(self, bad: NotFinite) -> bool:
+        """Whether to go back and meet ``bad`` again, to see whose gradient it is; sets ``suspect``."""
+        known = bad.names or bad.what != "gradient" or self.suspect == self.begins(bad)
+        self.suspect = self.begins(bad)
+        return not known
+
+    def report(self, bad: NotFinite) -> None:
+        """Says it, and adds it to ``nonfinite.json``, once."""
+        step = self.step(bad)
+        entry = {
+            "step": step,
+            "epoch": bad.epoch,
+            "batch": bad.batch,
+            "what": bad.what,
+            "terms": list(bad.names),
+            "policy": self.policy,
+            "images": images(bad, self.data.batches, self.accumulate),
+        }
+        file = self.folder / REPORT
+        known = json.loads(file.read_text()) if file.exists() else []
+        if entry not in known:
+            say(f"{self.title}: {bad} was not finite at step {step}; {self.policy}, images in {file}")
+            checkpoint.write_json(file, [*known, entry])
+
+    def step(self, bad: NotFinite) -> int:
+        """The optimizer step, counted from 1, to which the batch belongs."""
+        return bad.epoch * (len(self.data) // self.accumulate) + bad.batch // self.accumulate + 1
+
+    def end(self, bad: NotFinite) -> FloatingPointError:
+        """What to raise where the run stops for it."""
+        return FloatingPointError(
+            f"{self.title}: {bad} was not finite at step {self.step(bad)} (epoch {bad.epoch + 1}, batch "
+            f"{bad.batch + 1}; its images: {self.folder / REPORT}); the checkpoint before it is whole; lower "
+            "optimizer.lr, set optimizer.clip_grad, or say on_nonfinite=skip or rollback"
+        )
+
+
+class Shield:
+    """Undoes an optimizer step on the device where it was bad, without the host knowing whether it was.
+
+    ``remember`` before the first batch of a step copies all that the step may change, ``see`` takes the numbers of each
+    of its batches, ``disarm`` comes before the optimizer's step and ``settle`` after it. What is put back: parameters,
+    buffers (batch statistics, memories) and the optimizer's state, as far as it lives on the device. It costs one more
+    copy of all that.
+    """
+
+    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> None:
+        self.module, self.optimizer, self.accelerator = module, optimizer, accelerator
+
+    @torch.no_grad()
+    def remember(self) -> None:
+        state = [value for held in self.optimizer.state.values() for value in held.values()]
+        tensors = [*self.module.parameters(), *self.module.buffers(), *state]
+        self.kept = [(tensor, tensor.clone()) for tensor in tensors if isinstance(tensor, Tensor)]
+        self.bad = torch.zeros((), device=self.accelerator.device)
+
+    def see(self, row: Tensor) -> None:
+        self.bad = self.bad + (~row.isfinite()).any()
+
+    @torch.no_grad()
+    def disarm(self) -> None:
+        """Makes the gradients zero where the step is bad on any process, so that no state learns of them."""
+        self.good = self.accelerator.reduce(self.bad, reduction="sum") == 0
+        for parameter in self.module.parameters():
+            if parameter.grad is not None:
+                parameter.grad.copy_(torch.where(self.good, parameter.grad, 0.0))
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        for tensor, before in self.kept:
+            if tensor.device == self.good.device:
+                tensor.copy_(torch.where(self.good, tensor, before))
+        self.kept = []

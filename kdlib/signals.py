@@ -1,0 +1,100 @@
+"""SIGTERM and Ctrl-C: what is at hand is finished and saved, then the run ends; several processes agree on when."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+AGREE_EVERY = 4
+"""Optimizer steps between two questions to the other processes whether one of them was asked to stop."""
+GRACE = 30
+"""Seconds that a worker process lives on after SIGTERM; its parent ends it before."""
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal ended the run; ``number`` is the signal's, ``saved`` whether a checkpoint was written for it."""
+
+    def __init__(self, number: int, saved: bool = False) -> None:
+        super().__init__(f"signal {number}")
+        self.number, self.saved = number, saved
+
+
+class Asked:
+    """Whether somebody asked the run to stop: ``number`` is the signal's, or 0."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self._group: Any = None
+        self._world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        if self._world > 1:  # on CPUs also where the gradients travel between GPUs, so that no GPU is waited for
+            self._group = dist.new_group(backend="gloo")
+
+    def agreed(self, step: int = 0) -> int:
+        """The signal on which all processes stop after ``step``, or 0; each of them calls this after each step."""
+        if self._world == 1:
+            return self.number
+        if step % AGREE_EVERY:
+            return 0
+        largest = torch.tensor(self.number)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self._group)
+        return int(largest)
+
+    def close(self) -> None:
+        if self._group is not None:
+            dist.destroy_process_group(self._group)
+
+
+@contextmanager
+def listen() -> Iterator[Asked]:
+    """Inside, SIGTERM and the first Ctrl-C only take a note; the second Ctrl-C ends the process at once."""
+    asked = Asked()
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            if asked.number:
+                raise KeyboardInterrupt
+            os.write(2, b"\nstopping after this step; Ctrl-C again ends at once\n")
+        asked.number = number
+
+    with _handling({signal.SIGTERM: note, signal.SIGINT: note}):
+        yield asked
+    asked.close()
+
+
+@contextmanager
+def ending() -> Iterator[None]:
+    """Inside, SIGTERM raises ``Stopped``, as Ctrl-C raises ``KeyboardInterrupt``."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise Stopped(number)
+
+    with _handling({signal.SIGTERM: end}):
+        yield
+
+
+def calm(worker: int) -> None:
+    """Makes a worker process live until its parent is done with it, though a signal went to all of them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "alarm"):
+        signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE))
+
+
+@contextmanager
+def _handling(handlers: dict[signal.Signals, Any]) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():  # there Python allows no handlers
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
