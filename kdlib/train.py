@@ -20,8 +20,8 @@ from . import checkpoint, compiling, faults, gradients
 from .data import Data, with_targets
 from .distiller import Distilled, Distiller, Teacher
 from .evaluation import evaluate, with_best
-from .guard import LIMIT, Guard, NotFinite, Shield
 from .graphs import Graphs, try_graphs
+from .guard import LIMIT, Guard, NotFinite, Shield
 from .journal import GRADIENT, LOSS, Journal
 from .progress import bar, say
 from .ranks import losses_told, on_main, share_buffers

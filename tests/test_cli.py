@@ -185,9 +185,9 @@ sys.path.insert(0, {root!r})
 from kdlib import checkpoint, launch
 from recipes.riformer import run
 save = checkpoint.save
-def save_and_die(folder, *rest):
-    save(folder, *rest)
-    if "runs/r/" in str(folder):
+def save_and_die(folder, step, *rest):
+    save(folder, step, *rest)
+    if "runs/r/" in str(folder) and step:
         os.kill(os.getpid(), 9)
 checkpoint.save = save_and_die
 sys.exit(launch.main(run.main, run.HERE / "configs" / "default.yaml"))
@@ -206,8 +206,9 @@ def test_a_killed_process_goes_on_with_the_same_command_and_a_third_call_trains_
     again = start(*command, cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert "student: goes on after epoch 1 of 2" in again.stdout and again.stdout.count("finished before") == 3
-    made = {"config.yaml", "metrics.jsonl", "summary.json", "curves.png", "checkpoints", "model_card.md"}
-    assert {path.name for path in run.iterdir()} == made | {"student.safetensors", "student_fused.safetensors"}
+    made = {"config.yaml", "metrics.jsonl", "summary.json", "curves.png", "checkpoints", ".lock", "model_card.md"}
+    made |= {f"student{which}.safetensors" for which in ("", "_best", "_fused")}
+    assert {path.name for path in run.iterdir()} - {"tensorboard"} == made
     summary = json.loads((run / "summary.json").read_text())
     assert {"teacher_top1", "baseline_top1", "student_top1", "fused_max_abs_diff", "seconds"} <= set(summary)
 

@@ -260,7 +260,7 @@ def fits(value: Any, schema: dict[str, Any], root: dict[str, Any]) -> bool:
     """Whether a value obeys a JSON schema; knows the words that ours uses, and no other."""
     known = {"$ref", "$defs", "$schema", "title", "description", "default", "type", "enum", "const", "anyOf", "items"}
     known |= {"properties", "additionalProperties", "required", "minimum", "exclusiveMinimum", "prefixItems"}
-    known |= {"minItems", "maxItems", "format", "pattern"}
+    known |= {"minItems", "maxItems", "format", "exclusiveMaximum", "pattern"}
     assert set(schema) <= known, set(schema) - known
     if schema.get("$ref") == "#":
         return fits(value, root, root)

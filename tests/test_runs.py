@@ -88,16 +88,16 @@ class Killed(BaseException):
 
 @pytest.fixture
 def stop_after(monkeypatch: pytest.MonkeyPatch) -> Stop:
-    """Ends the process, as far as the run can tell, once so many checkpoints are written."""
+    """Ends the process, as far as the run can tell, once so many checkpoints of steps are written."""
     save = checkpoint.save
 
     def arm(number: int, within: str = "") -> None:
         written = 0
 
-        def save_and_die(place: Path, *arguments: Any, **named: Any) -> Path:
+        def save_and_die(place: Path, step: int, *arguments: Any, **named: Any) -> Path:
             nonlocal written
-            made = save(place, *arguments, **named)
-            written += within in str(place)
+            made = save(place, step, *arguments, **named)
+            written += within in str(place) and step > 0
             if written == number:
                 raise Killed
             return made
@@ -124,7 +124,14 @@ def test_a_run_leaves_its_config_its_weights_and_its_numbers(finished: tuple[Pat
     assert runs_made == ["gfnet_h_nano", "metaformer_pool_nano", "riformer_nano", "student"]
     for made in output.parent.iterdir():
         names = {path.name for path in made.iterdir()}
-        assert names == {"config.yaml", "metrics.jsonl", "student.safetensors", "summary.json", "checkpoints"}
+        weights = {"student.safetensors", "student_best.safetensors"}
+        assert names - {"tensorboard"} == weights | {
+            "config.yaml",
+            "metrics.jsonl",
+            "summary.json",
+            "checkpoints",
+            ".lock",
+        }
         assert json.loads((made / "summary.json").read_text())["result"]["top1"] >= 0
     again = load(read([str(output / "config.yaml")]))
     assert again == whole(folder, output)
@@ -171,7 +178,7 @@ def test_the_teacher_that_was_trained_is_the_one_that_teaches(
 ) -> None:
     output, outcome = finished
     seen: list[runs.Ready] = []
-    monkeypatch.setattr(runs, "_train", lambda ready, _: seen.append(ready) or {"top1": 0.0})
+    monkeypatch.setattr(runs, "_train", lambda ready, _: seen.append(ready) or ({"top1": 0.0}, None))
     again = output.parent / "once more"
     runs.run(whole(folder, again))
     (ready,) = seen
