@@ -152,8 +152,10 @@ def whole(path: Path) -> Iterator[Path]:
         faults.reach("file.synced")
         draft.replace(path)
         faults.reach("file.moved")
-    except BaseException:
+    except BaseException as error:
         draft.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno and not error.filename:
+            raise OSError(error.errno, error.strerror, str(path)) from None
         raise
 
 

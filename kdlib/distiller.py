@@ -202,16 +202,19 @@ class Distiller(nn.Module):
         return {f"student.{name}" for name in asked()} if callable(asked) else set()
 
     def forward(self, images: Tensor, targets: Mapping[str, Tensor]) -> Distilled:
+        logits, values = self.values(images, targets)
+        total = logits.new_zeros((), dtype=torch.float32)
+        for i, value in zip(self._live, values.values(), strict=True):
+            total = total + self.weights[i] * value
+        return Distilled(total + self._idle(), logits, {name: value.detach() for name, value in values.items()})
+
+    def values(self, images: Tensor, targets: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The student's answer, and each live term before its weight, with its gradient."""
         _check_targets([self.terms[i] for i in self._live], targets)
         answer, seen = self.taps.watch(self.student, images)
         seen["@output"] = logits = _logits(answer, "student")
-        total, values = logits.new_zeros((), dtype=torch.float32), {}
-        for i in self._live:
-            term = self.terms[i]
-            value = self._value(term, seen, targets, images.shape)
-            total = total + self.weights[i] * value
-            values[term.name] = value.detach()
-        return Distilled(total + self._idle(), logits, values)
+        live = [self.terms[i] for i in self._live]
+        return logits, {term.name: self._value(term, seen, targets, images.shape) for term in live}
 
     def _idle(self) -> Tensor | float:
         """Zero, with a gradient path to the trained parts of terms that are off, so that no rank waits for them."""

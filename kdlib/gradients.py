@@ -31,19 +31,11 @@ def by_term(
     Returns:
         term name to a 0-dimensional tensor on the device, in the order of the terms.
     """
-    weights = distiller.weights.requires_grad_(True)
-    try:
-        # .forward: neither a compiled graph nor the wrapper that sends gradients has a part in this
-        out = distiller.forward(images, targets)
-        # the loss is linear in the weights: its derivative by a weight is that term's value, its graph attached
-        (values,) = torch.autograd.grad(out.loss, weights, create_graph=True)
-    finally:
-        weights.requires_grad_(False)
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
-    names = list(distiller.weights_in_force())
+    _, values = distiller.values(images, targets)
+    weights, trained = distiller.weights_in_force(), [p for p in parameters if p.requires_grad]
     norms: dict[str, Tensor] = {}
-    for name in out.terms:
-        i = names.index(name)
-        found = torch.autograd.grad(values[i] * weights.detach()[i], trained, retain_graph=True, allow_unused=True)
+    for name, value in values.items():
+        # grad, not backward: the wrapper that sends gradients to other processes has no part in this
+        found = torch.autograd.grad(weights[name] * value, trained, retain_graph=True, allow_unused=True)
         norms[name] = torch.nn.utils.get_total_norm([gradient for gradient in found if gradient is not None])
     return norms

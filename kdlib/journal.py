@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from . import faults, tracking
+from . import checkpoint, faults, tracking
 from .data import Loader
 from .state import Place
 
@@ -60,9 +60,8 @@ class Journal:
         self.clock = perf_counter()
         if self.accelerator.is_main_process:
             kept = self.file.read_text().splitlines(keepends=True)[: at.lines] if self.file.exists() else []
-            draft = self.file.with_name(f".tmp-{METRICS}")
-            draft.write_text("".join(kept))
-            draft.replace(self.file)
+            with checkpoint.whole(self.file) as draft:
+                draft.write_text("".join(kept))
             self.close()
             self.trackers = tracking.start(trackers, self.file.parent, at.step, config)
 
@@ -143,8 +142,11 @@ class Journal:
         """Adds a line; the main process writes it, and tells the trackers."""
         at.lines += 1
         if self.accelerator.is_main_process:
-            with self.file.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            try:
+                with self.file.open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, str(self.file)) from None
             faults.reach("log")
             for tracker in self.trackers:
                 tracker.log(tracking.flat(line), step=at.step)

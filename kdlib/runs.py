@@ -58,6 +58,8 @@ def start(recipe: Recipe) -> Accelerator:
     try:
         accelerator = Accelerator(mixed_precision="no" if recipe.precision == "none" else recipe.precision)
     except ValueError as error:
+        if recipe.precision == "none":
+            raise ConfigError([f"launch: {' '.join(str(error).split())}"]) from None
         raise ConfigError([f"precision: {recipe.precision} cannot be had here: {error}"]) from None
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world != accelerator.num_processes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import signal
 import threading
@@ -15,8 +16,10 @@ import torch.distributed as dist
 
 AGREE_EVERY = 4
 """Optimizer steps between two questions to the other processes whether one of them was asked to stop."""
-GRACE = 30
-"""Seconds that a worker process lives on after SIGTERM; its parent ends it before."""
+MOMENT = 0.2
+"""Seconds after which a worker process that got SIGTERM looks whether its parent still needs it."""
+_finishing = mmap.mmap(-1, 1)
+"""Whether this process was asked to stop and is not done; shared with the workers that it forks."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -62,11 +65,14 @@ def listen() -> Iterator[Asked]:
             if asked.number:
                 raise KeyboardInterrupt
             os.write(2, b"\nstopping after this step; Ctrl-C again ends at once\n")
-        asked.number = number
+        asked.number, _finishing[0] = number, 1
 
-    with _handling({signal.SIGTERM: note, signal.SIGINT: note}):
-        yield asked
-    asked.close()
+    try:
+        with _handling({signal.SIGTERM: note, signal.SIGINT: note}):
+            yield asked
+        asked.close()
+    finally:
+        _finishing[0] = 0
 
 
 @contextmanager
@@ -81,10 +87,19 @@ def ending() -> Iterator[None]:
 
 
 def calm(worker: int) -> None:
-    """Makes a worker process live until its parent is done with it, though a signal went to all of them."""
+    """Makes a worker process live on while its parent finishes, though the signal went to all of them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "alarm"):
-        signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE))
+    if hasattr(signal, "setitimer"):
+
+        def look_again(number: int, frame: FrameType | None) -> None:
+            signal.setitimer(signal.ITIMER_REAL, MOMENT, MOMENT)
+
+        def leave(number: int, frame: FrameType | None) -> None:
+            if not _finishing[0]:
+                os._exit(128 + signal.SIGTERM)
+
+        signal.signal(signal.SIGALRM, leave)
+        signal.signal(signal.SIGTERM, look_again)
 
 
 @contextmanager

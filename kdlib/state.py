@@ -57,6 +57,8 @@ class State:
     accelerator: Accelerator
     distiller: Distiller
     optimizer: torch.optim.Optimizer
+    images: int
+    """To train on; with another number of them the place in an epoch means other images."""
     ema: ModelEmaV3 | None = None
 
     def save(self, place: Place) -> None:
@@ -84,6 +86,7 @@ class State:
             "ema": None if self.ema is None else self.ema.module.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
             "random": randoms,
+            "images": self.images,
         }
         checkpoint.save(self.folder / CHECKPOINTS, place.step, state)
 
@@ -91,7 +94,7 @@ class State:
         """Puts the newest whole checkpoint's state back, on every process; None where there is none.
 
         Raises:
-            ValueError: every checkpoint is damaged; another number of processes wrote it; this machine lacks it.
+            ValueError: every checkpoint is damaged, was of other processes or images, or is not on this machine.
         """
         found: dict[str, Any] | None = None
 
@@ -125,6 +128,11 @@ class State:
             raise ValueError(
                 f"{self.folder}: this run was begun on {len(randoms)} processes, here are "
                 f"{self.accelerator.num_processes}; start as many as then, or choose another output=…"
+            )
+        if state["images"] != self.images:
+            raise ValueError(
+                f"{self.folder}: this run was begun on {state['images']} training images, here are {self.images}; "
+                "put the data back as they were, or choose another output=…"
             )
         self.distiller.load_state_dict(state["distiller"])
         self.optimizer.load_state_dict(state["optimizer"])

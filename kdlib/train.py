@@ -82,7 +82,8 @@ class Training:
         """
         self.batches = len(self.data.train) // self.accumulate * self.accumulate
         self.main = self.accelerator.is_main_process
-        self.state = State(self.folder, self.accelerator, self.distiller, self.optimizer, self.ema)
+        images = self.data.train.batches.images
+        self.state = State(self.folder, self.accelerator, self.distiller, self.optimizer, images, self.ema)
         self.guard = Guard(self.on_nonfinite, self.folder, self.title, self.data.train, self.accumulate)
         self.journal = Journal(self.folder, self.accelerator, self.data.train, self.accumulate, self.guard.look)
         self.shield = Shield(self.distiller, self.optimizer, self.accelerator) if self.on_nonfinite == "skip" else None
@@ -177,10 +178,11 @@ class Training:
     def _step(self, images: Tensor, targets: dict[str, Tensor]) -> None:
         begins = self.at.batch % self.accumulate == 0
         place = (self.at.epoch, self.at.batch - self.at.batch % self.accumulate)
-        if place == self.guard.suspect:
+        left_out = list(place) in self.at.skipped
+        if place == self.guard.suspect and not left_out:
             self._accuse(images, targets)
         with self.accelerator.accumulate(self.engine):
-            if list(place) in self.at.skipped:
+            if left_out:
                 return  # it counts as a step, and nothing is learned from it
             if self.shield is not None and begins:
                 self.shield.remember()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,14 +25,15 @@ class Batches:
 
     def __init__(self, sizes: tuple[int, ...] = (4,) * 6) -> None:
         generator = torch.Generator().manual_seed(0)
-        self.batches = [(torch.randn(n, 3, 8, 8, generator=generator), torch.arange(n) % 5) for n in sizes]
+        self.given = [(torch.randn(n, 3, 8, 8, generator=generator), torch.arange(n) % 5) for n in sizes]
         self.samples = sum(sizes)
+        self.batches = SimpleNamespace(images=self.samples)
 
     def __len__(self) -> int:
-        return len(self.batches)
+        return len(self.given)
 
     def epoch(self, epoch: int = 0, start: int = 0):
-        yield from self.batches[start:]
+        yield from self.given[start:]
 
 
 def training(folder: Path, student: nn.Module, **settings: object) -> Training:
@@ -58,8 +60,8 @@ def test_evaluate_counts_every_image_once(student: nn.Module) -> None:
     batches = Batches((3, 5, 1))
     result = evaluate(student.train(), batches, Accelerator(cpu=True))
     with torch.no_grad():
-        logits = student.eval()(torch.cat([images for images, _ in batches.batches]))
-    labels = torch.cat([labels for _, labels in batches.batches])
+        logits = student.eval()(torch.cat([images for images, _ in batches.given]))
+    labels = torch.cat([labels for _, labels in batches.given])
     assert result["top1"] == pytest.approx(100 * (logits.argmax(-1) == labels).float().mean().item())
     assert result["top5"] == pytest.approx(100.0), "there are five classes"
     assert result["test_loss"] == pytest.approx(nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)
@@ -96,9 +98,9 @@ def test_accumulation_steps_once_for_several_batches(tmp_path: Path, images: Ten
     whole = training(tmp_path / "b", twin)
     merged = [
         (torch.cat([a[0], b[0]]), torch.cat([a[1], b[1]]))
-        for a, b in zip(whole.data.train.batches[::2], whole.data.train.batches[1::2], strict=True)
+        for a, b in zip(whole.data.train.given[::2], whole.data.train.given[1::2], strict=True)
     ]
-    whole.data.train.batches = merged
+    whole.data.train.given = merged
     whole.run()
     for mine, hers in zip(student.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(mine, hers, rtol=1e-4, atol=1e-5)
