@@ -12,14 +12,14 @@ import pytest
 from tests.faults.harness import Run
 
 GROUPS: dict[str, tuple[int, str]] = {
-    "kill": (24, "kill -9 at start, in a step, while a checkpoint or a file is written, while resuming"),
-    "signal": (8, "SIGTERM and Ctrl-C: in a step, in evaluation, in a save, before the first step, twice"),
-    "damage": (20, "checkpoints cut, emptied, flipped by a bit, swapped, deleted, replaced by a pickle"),
-    "disk": (7, "disk full at the first, a later and the last file; places that cannot be written"),
+    "kill": (36, "kill -9 at start, in a step, while a checkpoint or a file is written, while resuming"),
+    "signal": (9, "SIGTERM and Ctrl-C: in a step, in evaluation, in a save, before the first step, twice"),
+    "damage": (21, "checkpoints cut, emptied, flipped by a bit, swapped, deleted, replaced by a pickle"),
+    "disk": (8, "disk full at the first, a later and the last file; places that cannot be written"),
     "folder": (4, "two runs in one folder; a holder that died; unconnected copies; another run's folder"),
     "data": (5, "corrupt image, vanished data, killed worker, in training and in evaluation"),
-    "numbers": (14, "NaN and infinity in student, teacher, loss, gradient, under stop, skip and rollback"),
-    "ranks": (8, "two processes: one or both killed, signals to one or both, NaN on one, another number of them"),
+    "numbers": (19, "NaN and infinity in student, teacher, loss, gradient, under stop, skip and rollback"),
+    "ranks": (13, "two processes: one or both killed, signals to one or both, NaN on one, another number of them"),
 }
 """Group, the least number of its cases, and what they are. Each test carries ``@pytest.mark.fault(group)``."""
 HERE = Path(__file__).parent
