@@ -8,11 +8,17 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from .compiling import unchanged
 from .distiller import Distiller
 
 
 def norm(accelerator: Accelerator, module: nn.Module, clip: float | None) -> Tensor:
-    """The norm of the whole gradient before it is clipped to ``clip``, 0-dimensional, on the device."""
+    """The norm of a step's gradient before it is clipped to ``clip``, 0-dimensional, on the device.
+
+    Zero before the step's last batch: the gradient is not whole, and not the same on all processes.
+    """
+    if not accelerator.sync_gradients:
+        return torch.zeros((), device=accelerator.device)
     if clip is not None:
         found: Tensor = accelerator.clip_grad_norm_(module.parameters(), clip)
         return found
@@ -39,3 +45,13 @@ def by_term(
         found = torch.autograd.grad(weights[name] * value, trained, retain_graph=True, allow_unused=True)
         norms[name] = torch.nn.utils.get_total_norm([gradient for gradient in found if gradient is not None])
     return norms
+
+
+def mean_by_term(
+    accelerator: Accelerator, distiller: Distiller, images: Tensor, targets: Mapping[str, Tensor], of: nn.Module
+) -> dict[str, float]:
+    """``by_term`` over the parameters ``of`` a part of the distiller, mean over processes; nothing moves on by it."""
+    with unchanged([distiller], accelerator.device, gradients=False), accelerator.autocast():
+        norms = by_term(distiller, images, targets, of.parameters())
+    mean = accelerator.reduce(torch.stack(list(norms.values())), reduction="mean").tolist()
+    return dict(zip(norms, mean, strict=True))

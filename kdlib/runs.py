@@ -28,6 +28,9 @@ from .recipe import Recipe, build, load_children, weights
 from .recipe import schema as recipes
 from .train import Training
 
+AS_THEY_ARE = ("epochs", "accumulate", "channels_last", "log_every", "log_gradients", "eval_every", "save_every")
+"""Keys of a recipe that ``Training`` takes as they are."""
+
 
 @dataclass
 class Outcome:
@@ -268,36 +271,26 @@ def _train(ready: Ready, accelerator: Accelerator) -> tuple[dict[str, float], to
     student = ready.student.to(accelerator.device, memory_format=memory)  # type: ignore[call-overload]
     ema = ModelEmaV3(student, recipe.ema.decay, use_warmup=recipe.ema.warmup) if recipe.ema is not None else None
     distiller = Distiller(student, terms).to(accelerator.device)
-    teacher = (
-        Teacher(panel, terms, prepare=ready.prepare, channels_last=recipe.channels_last).to(accelerator.device)
-        if panel
-        else None
-    )
+    teacher = Teacher(panel, terms, prepare=ready.prepare, channels_last=recipe.channels_last) if panel else None
     optimizer = build.build_optimizer(recipe.optimizer, distiller)
     training = Training(
         distiller,
-        teacher,
+        teacher and teacher.to(accelerator.device),
         data,
         optimizer,
         build.build_scheduler(recipe, optimizer, len(data.train) // recipe.accumulate),
         accelerator,
         recipe.output,
-        recipe.epochs,
-        ready.title,
-        accumulate=recipe.accumulate,
+        title=ready.title,
         clip_grad=recipe.optimizer.clip_grad,
-        channels_last=recipe.channels_last,
         compile=recipe.compile.mode,
         ema=ema,
-        log_every=recipe.log_every,
-        log_gradients=recipe.log_gradients,
-        eval_every=recipe.eval_every,
-        save_every=recipe.save_every,
         metric=recipe.metric,
         patience=recipe.patience,
         on_nonfinite=recipe.on_nonfinite,
         trackers=tracking.choose(recipe.trackers),
         config=runfolder.resolved(recipe),
+        **{name: getattr(recipe, name) for name in AS_THEY_ARE},
     )
     try:
         return training.run(), None if ema is None else ema.module

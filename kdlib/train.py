@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import checkpoint, compiling, faults, gradients
 from .data import Data, with_targets
@@ -86,7 +86,7 @@ class Training:
         self.state = State(self.folder, self.accelerator, self.distiller, self.optimizer, images, self.ema)
         self.guard = Guard(self.on_nonfinite, self.folder, self.title, self.data.train, self.accumulate)
         self.journal = Journal(self.folder, self.accelerator, self.data.train, self.accumulate, self.guard.look)
-        self.shield = Shield(self.distiller, self.optimizer, self.accelerator) if self.on_nonfinite == "skip" else None
+        self.shield = Shield(self.distiller, self.optimizer, self.accelerator, on=self.on_nonfinite == "skip")
         with losses_told(), listen() as self.asked:
             self._begin()
             done = self.at.epoch * self.batches + self.at.batch
@@ -184,16 +184,21 @@ class Training:
         with self.accelerator.accumulate(self.engine):
             if left_out:
                 return  # it counts as a step, and nothing is learned from it
-            if self.shield is not None and begins:
+            if begins:
                 self.shield.remember()
             out = self._backward(images, targets) if self.graphs is None else self.graphs(images, targets, not begins)
             if self.mode == "reduce-overhead" and not self.accelerator.sync_gradients:
                 compiling.keep_gradients(self.distiller)
             faults.reach("backward")
-            row = self.journal.add(self.at, {LOSS: out.loss, GRADIENT: self._gradient(), **out.terms})
-            if self.shield is not None:
-                self.shield.see(row)
-            self._update()
+            gradient = gradients.norm(self.accelerator, self.distiller, self.clip_grad)
+            self.shield.see(self.journal.add(self.at, {LOSS: out.loss, GRADIENT: gradient, **out.terms}))
+            if self.accelerator.sync_gradients:
+                self.shield.disarm()
+            self.prepared.step()
+            if self.graphs is None:  # theirs live in recorded memory
+                self.prepared.zero_grad()
+            if self.accelerator.sync_gradients:
+                self.shield.settle()
 
     def _backward(self, images: Tensor, targets: dict[str, Tensor]) -> Distilled:
         compiling.begin_step(self.mode)
@@ -210,29 +215,14 @@ class Training:
                 targets = targets | self.teacher(images)
         return images, targets
 
-    def _gradient(self) -> Tensor:
-        """The norm of a whole step's gradient, which is clipped where asked; zero before the step's last batch."""
-        if self.accelerator.sync_gradients:
-            return gradients.norm(self.accelerator, self.distiller, self.clip_grad)
-        return torch.zeros((), device=self.accelerator.device)
-
-    def _update(self) -> None:
-        shield = self.shield if self.accelerator.sync_gradients else None
-        if shield is not None:
-            shield.disarm()
-        self.prepared.step()
-        if self.graphs is None:  # theirs live in recorded memory
-            self.prepared.zero_grad()
-        if shield is not None:
-            shield.settle()
-
     # between steps
 
     def _tell(self, images: Tensor, targets: dict[str, Tensor]) -> None:
         """A line within an epoch."""
         line = self.journal.line(self.at, self.optimizer)
         if self.log_gradients:
-            norms = self._norms(images, targets, self.distiller.student)
+            batch, student = self._asked(images, targets), self.distiller.student
+            norms = gradients.mean_by_term(self.accelerator, self.distiller, *batch, student)
             line["gradient_shares"] = {name: norm / (sum(norms.values()) or 1.0) for name, norm in norms.items()}
         self.bar.say(f"loss {line['loss'] or 0:.4f}")
         self.journal.write(self.at, line)
@@ -303,17 +293,8 @@ class Training:
         Raises:
             NotFinite: there are some.
         """
-        norms = self._norms(images, targets, self.distiller)
+        batch, whole = self._asked(images, targets), self.distiller
+        norms = gradients.mean_by_term(self.accelerator, self.distiller, *batch, whole)
         if guilty := tuple(name for name, norm in norms.items() if not isfinite(norm)):
             ranks = tuple(range(self.accelerator.num_processes))
             raise NotFinite(self.at.epoch, self.at.batch, "gradient", guilty, ranks)
-
-    def _norms(self, images: Tensor, targets: dict[str, Tensor], of: nn.Module) -> dict[str, float]:
-        """The norm of each term's gradient over one batch, mean over ranks."""
-        with (
-            compiling.unchanged([self.distiller], self.accelerator.device, gradients=False),
-            self.accelerator.autocast(),
-        ):
-            norms = gradients.by_term(self.distiller, *self._asked(images, targets), of.parameters())
-        mean = self.accelerator.reduce(torch.stack(list(norms.values())), reduction="mean").tolist()
-        return dict(zip(norms, mean, strict=True))

@@ -5,15 +5,20 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker
 from conftest import Tiny, randomise
+from safetensors.torch import load_file
 from timm.scheduler import CosineLRScheduler
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 import kdlib as kd
+from kdlib import tracking
 from kdlib.data import Data
 from kdlib.losses import CrossEntropy, SoftTarget
 from kdlib.results import curves
@@ -129,3 +134,120 @@ def test_curves_show_accuracy_where_tested_and_terms_of_every_epoch(
     assert [list(line.get_xdata()) for line in left.lines] == [[2]]
     assert {line.get_label(): list(line.get_xdata()) for line in right.lines} == {"soft": [1], "label": [1, 2]}
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_average_is_timms_and_is_measured_and_kept(tmp_path: Path, student: nn.Module) -> None:
+    ema = ModelEmaV3(student, 0.5)
+    seen = []
+    run = training(tmp_path, student, ema=ema, metric="ema_test_loss")
+    run.scheduler.step_update = lambda step: (
+        step and seen.append({n: t.clone() for n, t in student.state_dict().items()})
+    )
+    result = run.run()
+    average = seen[0]
+    for state in seen[1:]:
+        average = {n: a.lerp(state[n], 0.5) if a.is_floating_point() else state[n] for n, a in average.items()}
+    for name, tensor in ema.module.state_dict().items():
+        torch.testing.assert_close(tensor, average[name])
+    assert result["ema_top1"] == evaluate(ema.module, Batches((3, 5)), Accelerator(cpu=True))["top1"]
+    losses = [line["ema_test_loss"] for line in lines(tmp_path) if "top1" in line]
+    assert result["best_ema_test_loss"] == min(losses) and result["best_epoch"] == 1 + losses.index(min(losses))
+
+
+def test_the_best_student_is_kept_beside_the_last(
+    tmp_path: Path, student: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = iter([30.0, 50.0, 40.0, 50.0])
+    kept = []
+
+    def score(model: nn.Module, *_: object) -> dict[str, float]:
+        kept.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        return {"top1": next(scores), "top5": 0.0, "test_loss": 0.0}
+
+    monkeypatch.setattr("kdlib.train.evaluate", score)
+    run = training(tmp_path, student)
+    run.epochs = 4
+    assert run.run() == {"top1": 50.0, "top5": 0.0, "test_loss": 0.0, "best_top1": 50.0, "best_epoch": 2}
+    best = load_file(tmp_path / "student_best.safetensors")
+    assert all(torch.equal(best[name], tensor) for name, tensor in kept[1].items())
+
+
+def test_a_run_ends_early_where_nothing_gets_better(
+    tmp_path: Path, student: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = iter([30.0, 29.0, 31.0, 31.0, 5.0])
+    monkeypatch.setattr("kdlib.train.evaluate", lambda *_: {"top1": next(scores), "top5": 0.0, "test_loss": 0.0})
+    run = training(tmp_path, student, patience=2)
+    run.epochs = 9
+    assert run.run()["best_epoch"] == 3
+    assert [line["epoch"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5]
+    again = training(tmp_path, randomise(Tiny(), 5), patience=2)
+    again.epochs = 9
+    assert again.run()["best_epoch"] == 3, "started again it is still at its end"
+
+
+def test_batches_that_do_not_fill_a_step_are_left_out(tmp_path: Path, student: nn.Module) -> None:
+    training(tmp_path, student, accumulate=4, log_every=1).run()
+    logged = lines(tmp_path)
+    assert [line["epoch"] for line in logged] == [0.25, 0.5, 0.75, 1, 1, 1.25, 1.5, 1.75, 2, 2]
+    assert [line["step"] for line in logged] == [0, 0, 0, 1, 1, 1, 1, 1, 2, 2]
+    assert logged[2]["gradient"] is None and logged[3]["gradient"] > 0
+
+
+class Recorder(GeneralTracker):
+    """What a tracker is told."""
+
+    name = "tensorboard"
+    requires_logging_directory = True
+    told: ClassVar[list[object]] = []
+
+    def __init__(self, run_name: str, logging_dir: str, **more: object) -> None:
+        super().__init__()
+        self.told.append((run_name, logging_dir, more))
+
+    @property
+    def tracker(self) -> None: ...
+
+    def store_init_configuration(self, values: dict[str, object]) -> None:
+        self.told.append(values)
+
+    def log(self, values: dict[str, object], step: int | None = None, **more: object) -> None:
+        self.told.append((step, values))
+
+    def finish(self) -> None:
+        self.told.append("end")
+
+
+def test_trackers_are_told_flat_numbers_and_go_on_where_the_run_does(
+    tmp_path: Path, student: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "tensorboard", Recorder)
+    monkeypatch.setattr(Recorder, "told", told := [])
+    config = {"terms": {"soft": {"weight": 1.0}}, "data": None, "betas": [0.9, 0.99]}
+    training(tmp_path, student, trackers=["tensorboard"], config=config).run()
+    made, known, (step, values), _, end = told
+    assert made == ("tensorboard", str(tmp_path), {}) and end == "end" and step == 6
+    assert known == {"terms/soft/weight": 1.0, "data": "None", "betas/0": 0.9, "betas/1": 0.99}
+    assert {"loss", "terms/soft", "weights/soft", "lr", "images_per_second", "data_share"} <= set(values)
+    told.clear()
+    again = training(tmp_path, randomise(Tiny(), 5), trackers=["tensorboard"], config=config)
+    again.epochs = 3
+    again.run()
+    assert told[0] == ("tensorboard", str(tmp_path), {"purge_step": 13}) and [t[0] for t in told[1:-1]] == [18]
+
+
+def test_a_tracker_that_is_not_installed_is_told() -> None:
+    with pytest.raises(ValueError, match=r"^wandb is not installed; pip install wandb, or leave it out$"):
+        tracking.choose(["wandb"])
+    assert set(tracking.choose("auto")) <= {"tensorboard"}
+
+
+def test_tensorboard_reads_what_was_written(tmp_path: Path, student: nn.Module) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    training(tmp_path, student, trackers=["tensorboard"], log_every=3).run()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    told = [(event.step, pytest.approx(event.value, rel=1e-6)) for event in events.Scalars("loss")]
+    assert told == [(line["step"], line["loss"]) for line in lines(tmp_path)]
