@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
@@ -35,7 +36,8 @@ def resolved(recipe: Recipe) -> dict[str, Any]:
 def beside(recipe: Recipe, parent: Recipe) -> Recipe:
     """A child's recipe with the output that its config gives it, beside the parent's: equal configs share a folder."""
     digest = hashlib.sha256(json.dumps(_identity(resolved(recipe)), sort_keys=True).encode()).hexdigest()[:8]
-    return recipe.model_copy(update={"output": parent.output.parent / f"{recipe.student.name}-{digest}"})
+    name = re.sub(r"[^\w.-]+", "_", recipe.student.name)  # hf-hub:… has separators, which would leave the folder
+    return recipe.model_copy(update={"output": parent.output.parent / f"{name}-{digest}"})
 
 
 def check_free(recipe: Recipe) -> None:

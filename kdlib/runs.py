@@ -11,7 +11,7 @@ from time import perf_counter
 from typing import Protocol
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from accelerate.utils import set_seed
 from timm.utils import ModelEmaV3
 from torch import Tensor
@@ -61,9 +61,8 @@ def start(recipe: Recipe) -> Accelerator:
     try:
         accelerator = Accelerator(mixed_precision="no" if recipe.precision == "none" else recipe.precision)
     except ValueError as error:
-        if recipe.precision == "none":
-            raise ConfigError([f"launch: {' '.join(str(error).split())}"]) from None
-        raise ConfigError([f"precision: {recipe.precision} cannot be had here: {error}"]) from None
+        what = "launch" if recipe.precision == "none" else f"precision: {recipe.precision} cannot be had here"
+        raise ConfigError([f"{what}: {' '.join(str(error).split())}"]) from None
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world != accelerator.num_processes:
         raise ConfigError(
@@ -72,6 +71,9 @@ def start(recipe: Recipe) -> Accelerator:
                 "set); on CPUs start with ACCELERATE_USE_CPU=true torchrun --nproc-per-node …"
             ]
         )
+    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        kind = accelerator.distributed_type.value
+        raise ConfigError([f"launch: {kind} is not taken: checkpoints hold whole tensors; start with torchrun or DDP"])
     torch.set_float32_matmul_precision("high" if recipe.tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = recipe.tf32
     if recipe.threads or (accelerator.device.type == "cpu" and world == 1):

@@ -1,0 +1,1 @@
+"""What happens to runs, done to real processes."""
