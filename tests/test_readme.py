@@ -98,7 +98,8 @@ def test_the_recipe_snippet_is_a_recipe() -> None:
 
 
 def test_the_number_of_losses_is_right() -> None:
-    assert f"catalogue of {len(LOSSES)} distillation losses" in README
+    ours = [loss for loss in LOSSES.values() if loss.__module__.startswith("kdlib.")]  # other tests register theirs
+    assert f"catalogue of {len(ours)} distillation losses" in README
 
 
 def test_the_error_line_is_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:

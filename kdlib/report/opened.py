@@ -148,7 +148,9 @@ def _restore(net: nn.Module, folder: Path, what: str) -> str:
         net.load_state_dict(own)
     except RuntimeError as error:
         raise ConfigError([f"{folder.name}/checkpoints hold another model ({str(error).splitlines()[0]})"]) from None
-    return f"from the checkpoint after epoch {state['epoch']}"
+    place = state["place"]
+    within = f", batch {place['batch']}" if place["batch"] else ""
+    return f"from the checkpoint after epoch {place['epoch']}{within}"
 
 
 def _initial(
