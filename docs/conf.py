@@ -1,4 +1,4 @@
-"""Sphinx: pages are MyST Markdown; those that begin with a jupytext header are notebooks, run when the site is built."""
+"""Sphinx: pages are MyST Markdown; those with a jupytext header are notebooks, run when the site is built."""
 
 from __future__ import annotations
 
