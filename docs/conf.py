@@ -58,7 +58,7 @@ def signature_of(app: Sphinx, what: str, name: str, thing: Any, options: Any, gi
     """Recipe sections are written in YAML (keys.md lists their keys), and ``<factory>`` is no Python."""
     if isinstance(thing, type) and issubclass(thing, BaseModel):
         return "", None
-    return (given or "").replace("<factory>", "..."), returns
+    return (given.replace("<factory>", "..."), returns) if given and "<factory>" in given else None
 
 
 def keep_whole(app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:

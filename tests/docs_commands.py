@@ -8,7 +8,7 @@ RESNET = "accelerate launch recipes/resnet/run.py"
 RIFORMER = "accelerate launch recipes/riformer/run.py"
 CONFIGS = "recipes/riformer/configs"
 
-INSTALLS = ("python3 -m venv ", "pip install ", "git clone ", ". .venv/", "python -m pytest", "ruff ", "mypy")
+INSTALLS = ("python3 -m venv ", "pip install ", "git clone ", ". .venv/", "python -m pytest", "sphinx-build ")
 """What .ci/run does in an empty environment, or any developer."""
 
 SMALL = "data.limit=64 data.batch_size=32 epochs=1 schedule.warmup_epochs=0 baseline.schedule.warmup_epochs=0 threads=1"
@@ -35,9 +35,10 @@ AS_SHOWN = [
     "kdlib schema",
     "sha256sum resnet34.safetensors",
     "cd recipes/riformer/configs",
+    "cd docs",
     "accelerate launch ../run.py scales/imagenet_final.yaml rows/tab6_m48.yaml --dry-run",
     "python recipes/riformer/measure/latency.py --size tiny --depth 2 --pixels 64 --batch 2 --runs 5",
-    f"{RIFORMER} --dry-run",
+    f"{RIFORMER} my.yaml --dry-run",
 ]
 """Executed to the letter; text right below is their output, and compared."""
 

@@ -134,10 +134,12 @@ def execute(command: str) -> None:
     elif first == "python":
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", rest)
+            code: object = 0
             try:
                 runpy.run_path(rest[0], run_name="__main__")
             except SystemExit as end:
-                assert end.code in (0, None), command
+                code = end.code
+            assert code in (0, None), command
     else:
         subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
 
