@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from importlib.metadata import version as installed
 from typing import Any
 
@@ -24,6 +25,7 @@ default_role = "code"
 nb_execution_mode = "force"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 300
+nb_output_stderr = "remove"  # progress bars, and warnings that name places of this machine
 os.environ.setdefault("PYTHONPATH", os.path.abspath(".."))
 
 autodoc_typehints = "signature"
@@ -61,8 +63,9 @@ def signature_of(app: Sphinx, what: str, name: str, thing: Any, options: Any, gi
     return (given.replace("<factory>", "..."), returns) if given and "<factory>" in given else None
 
 
-def keep_whole(app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
-    """An attribute's text before a colon would be taken for its type; a blank line in front prevents it."""
+def mend(app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
+    """Text before a colon would be taken for an attribute's type; a blank line in front prevents it. Papers link."""
+    lines[:] = [re.sub(r"arXiv:(\d{4}\.\d{4,5})", r"`arXiv:\1 <https://arxiv.org/abs/\1>`__", line) for line in lines]
     if what in ("attribute", "property", "data"):
         lines.insert(0, "")
 
@@ -70,5 +73,5 @@ def keep_whole(app: Sphinx, what: str, name: str, thing: Any, options: Any, line
 def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("doctree-read", link_classes)
     app.connect("autodoc-process-signature", signature_of)
-    app.connect("autodoc-process-docstring", keep_whole, priority=400)  # before napoleon's
+    app.connect("autodoc-process-docstring", mend, priority=400)  # before napoleon's
     return {"parallel_read_safe": True}

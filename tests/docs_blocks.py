@@ -30,7 +30,7 @@ class Block(NamedTuple):
         """Of a block of shell: one a line, and one a part of ``a && b``; a script is one command."""
         if self.text.startswith("#!"):
             return [self.text.strip()]
-        lines = self.text.replace("\\\n", " ").splitlines()
+        lines = re.sub(r"\s*\\\n\s*", " ", self.text).splitlines()
         bare = [re.sub(r"\s+#\s.*$", "", line).strip() for line in lines]
         parts = [part.strip() for line in bare if line and not line.startswith("#") for part in line.split("&&")]
         return [re.sub(r"(^|\s)\.venv/bin/", r"\1", part) for part in parts]

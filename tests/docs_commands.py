@@ -8,7 +8,7 @@ RESNET = "accelerate launch recipes/resnet/run.py"
 RIFORMER = "accelerate launch recipes/riformer/run.py"
 CONFIGS = "recipes/riformer/configs"
 
-INSTALLS = ("python3 -m venv ", "pip install ", "git clone ", ". .venv/", "python -m pytest", "sphinx-build ")
+INSTALLS = ("python3 -m venv ", "pip install ", "git clone ", ". activate", "python -m pytest", "sphinx-build ")
 """What .ci/run does in an empty environment, or any developer."""
 
 SMALL = "data.limit=64 data.batch_size=32 epochs=1 schedule.warmup_epochs=0 baseline.schedule.warmup_epochs=0 threads=1"
@@ -26,8 +26,8 @@ AS_SHOWN = [
     "kdlib inspect resnet18 --pattern 'layer*.-1'",
     "kdlib inspect resnet18",
     "kdlib inspect '{name: plain, in_chans: 1}' --image-size 28 --import my_models",
-    "kdlib inspect '{name: riformer_nano, in_chans: 1}' --image-size 28 --pattern 'stages.*.blocks.-1' "
-    "--import recipes.riformer.run",
+    "kdlib inspect '{name: riformer_nano, num_classes: 10, in_chans: 1}' --image-size 28 "
+    "--pattern 'stages.*.blocks.-1' --import recipes.riformer.run",
     "kdlib export runs/resnet --to onnx",
     "kdlib export runs/resnet --to torch-export",
     "kdlib export runs/resnet --to timm --out student",

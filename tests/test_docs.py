@@ -22,8 +22,8 @@ import kdlib
 from kdlib import cli, config, losses, recipe, yaml12
 
 DOCS = ROOT / "docs"
-ELSEWHERE = {"docs/losses.md": "test_losses_page.py"}
-"""Generated pages, and who tests them."""
+ELSEWHERE = {"docs/losses.md": "test_losses_page.py", "docs/migration": "test_migration.py"}
+"""A generated page, and pages with code of other libraries; and who tests them."""
 BASE = """
 student: {name: resnet18}
 teachers: {big: {name: resnet34, pretrained: true}}
@@ -56,7 +56,13 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         sys.modules.pop(name, None)
 
 
-PAGES = [page for page in pages() if not is_notebook(page) and str(page.relative_to(ROOT)) not in ELSEWHERE]
+def elsewhere(page: Path) -> str | None:
+    """Who tests a page that is not tested here."""
+    place = page.relative_to(ROOT)
+    return next((ELSEWHERE[str(above)] for above in (place, *place.parents) if str(above) in ELSEWHERE), None)
+
+
+PAGES = [page for page in pages() if not is_notebook(page) and elsewhere(page) is None]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -155,6 +161,12 @@ def check_yaml(block: Block) -> None:
     import recipes.riformer.run  # noqa: F401  registers its models
 
     assert recipe.load(document).terms
+
+
+def test_pages_that_are_left_out_are_tested_elsewhere() -> None:
+    for page in pages():
+        if not is_notebook(page) and blocks(page) and (who := elsewhere(page)) is not None:
+            assert (ROOT / "tests" / who).exists(), f"{page.relative_to(ROOT)} has blocks, and no tests/{who} runs them"
 
 
 def test_no_entry_of_the_table_is_left_over() -> None:
