@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from importlib.metadata import version as installed
+from pathlib import Path
 from typing import Any
 
 from docutils import nodes
@@ -26,7 +27,7 @@ nb_execution_mode = "force"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 300
 nb_output_stderr = "remove"  # progress bars, and warnings that name places of this machine
-os.environ.setdefault("PYTHONPATH", os.path.abspath(".."))
+os.environ.setdefault("PYTHONPATH", str(Path(__file__).resolve().parents[1]))
 
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
@@ -39,6 +40,7 @@ nitpick_ignore_regex = [("py:.*", r"(?!kdlib\.).*"), ("py:.*", r"kdlib\..*\b(_\w
 
 html_theme = "furo"
 html_title = "kdlib"
+html_show_copyright = False
 html_static_path = ["_static"]
 html_css_files = ["kdlib.css"]
 

@@ -31,8 +31,6 @@ AS_SHOWN = [
     "kdlib export runs/resnet --to onnx",
     "kdlib export runs/resnet --to torch-export",
     "kdlib export runs/resnet --to timm --out student",
-    "kdlib schema --into my.yaml",
-    "kdlib schema",
     "sha256sum resnet34.safetensors",
     "cd recipes/riformer/configs",
     "cd docs",
@@ -75,6 +73,7 @@ HELP = [
     "kdlib pairs '{name: resnet18, pretrained: true}' '{name: resnet34, pretrained: true}' --images photos/ "
     "--out alike.png",
     "kdlib doctor my.yaml",
+    "kdlib schema --into my.yaml",
     "kdlib report runs/mine",
     "kdlib export runs/mine --to onnx",
     "kdlib export runs/resnet --to hub --push me/student",
