@@ -66,10 +66,10 @@ def signature_of(app: Sphinx, what: str, name: str, thing: Any, options: Any, gi
 
 
 def mend(app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
-    """Text before a colon would be taken for an attribute's type; a blank line in front prevents it. Papers link."""
+    """Text before a colon would be taken for an attribute's type; a comment in front prevents it. Papers link."""
     lines[:] = [re.sub(r"arXiv:(\d{4}\.\d{4,5})", r"`arXiv:\1 <https://arxiv.org/abs/\1>`__", line) for line in lines]
     if what in ("attribute", "property", "data"):
-        lines.insert(0, "")
+        lines[:0] = ["..", ""]
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
