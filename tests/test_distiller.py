@@ -303,6 +303,14 @@ def test_teacher_options_leave_its_answers_alone(student: nn.Module, teacher: nn
         assert half[tap].dtype == torch.bfloat16
 
 
+def test_a_teacher_takes_images_in_any_memory_layout(teacher: nn.Module, images: Tensor) -> None:
+    frozen = kd.Teacher(teacher, [kd.Term("soft", kd.losses.SoftTarget())])
+    plain = frozen(images)["@output"]
+    wide = torch.cat([images, images], dim=-1)[..., : images.shape[-1]]
+    for same in (images.to(memory_format=torch.channels_last), wide):
+        assert torch.allclose(frozen(same)["@output"], plain, atol=1e-6)
+
+
 def test_renormalize_gives_the_teacher_its_own_input(teacher: nn.Module, images: Tensor) -> None:
     prepare = kd.Renormalize((0.5, 0.4, 0.3), (0.2, 0.2, 0.1), (0.1, 0.2, 0.3), (1.0, 0.5, 0.25), size=(16, 16))
     seen = kd.Teacher(teacher, [kd.Term("soft", SoftTarget())], prepare=prepare)(images)["@output"]
