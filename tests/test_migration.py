@@ -1,4 +1,4 @@
-"""docs/migration: kdlib's side is executed and equals the other library's definition; its own side too, where installed."""
+"""docs/migration: kdlib's side runs and equals the peer's definition; the peer's side too, where it is installed."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_timm() -> None:
 
 def test_timm_renormalizes_and_it_matters() -> None:
     space = ours("timm")
-    student, teacher = space["models"]()
+    _, teacher = space["models"]()
     plain = space["kd"].Teacher(teacher, space["distiller"].terms)(space["images"])
     out = space["distiller"](space["images"], plain | {"@labels": space["labels"]})
     assert abs(out.loss - space["ours"]) > 1e-4
