@@ -155,7 +155,7 @@ def test_torchdistill_theirs() -> None:
     box.pre_epoch_process(epoch=0)
     box.forward_process(space["images"], space["labels"])
     changed = sum(not torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
-    assert f"changed {changed} entries" in (PAGES / "torchdistill.md").read_text().replace("\n  ", " ")
+    assert changed, "the box put the teacher in eval mode: the page's first warning is out of date"
     assert not list(box.criterion.parameters()) and len(list(box.criterion.modules())) == 1
 
     a, b = torch.randn(8, 5), torch.randn(8, 5)
