@@ -320,6 +320,17 @@ def test_crd_remembers_while_it_trains_only():
     assert torch.equal(loss.z, z), "constants are those of the first batch"
 
 
+def test_crd_adds_up_a_million_negatives():
+    """At ImageNet's size, where sums of logarithms in float32 would leave three digits."""
+    torch.manual_seed(0)
+    loss = losses.CRD(1_281_167, dim=2, student_size=3, teacher_size=3).eval()
+    student, teacher, indices = torch.randn(16, 3), torch.randn(16, 3), torch.arange(16)
+    contrast = torch.randint(loss.samples, (16, 1 + loss.negatives))
+    value = loss(student, teacher, indices, contrast).item()
+    exact = loss.double()(student.double(), teacher.double(), indices, contrast).item()
+    assert value == pytest.approx(exact, rel=2e-6)
+
+
 def test_close_samples_keep_their_distances():
     """Distances within a tight cluster far from the others, where a Gram matrix in float32 has no digit left."""
     torch.manual_seed(0)
