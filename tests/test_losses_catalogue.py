@@ -1,4 +1,4 @@
-"""The catalogue is what it was promised to be: names and arguments, what each docstring says, how the code is written."""
+"""The catalogue is what it was promised to be: names and arguments, what docstrings say, how the code is written."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 from laws import SPECIAL, choices
 from test_losses_definitions import ARGUMENTS
 
@@ -98,11 +97,11 @@ def test_choices_are_as_promised():
 def test_docstring_says_all_that_a_user_must_know(name):
     loss = LOSSES[name]
     text = inspect.cleandoc(loss.__doc__)
-    assert re.search(r"``[^`]*[−·()‖²/][^`]*``", text.split("\n\n")[0]), "a formula in the first sentence"
+    assert re.search(r"``[^`]*[−·()‖²/][^`]*``", "".join(text.split("\n\n")[:2])), "a formula at the top"
     paragraph = re.search(r"Shapes:(.*?)\n\n", text, re.DOTALL)
     assert paragraph, "shapes, in a paragraph"
     if loss.view != "raw":
-        axes = {"logits": "B, K", "embedding": "B, D", "tokens": "B, N, C", "map": r"B, C\w*, H"}[loss.view]
+        axes = {"logits": "B, K", "embedding": "B, D", "tokens": "B, N, C", "map": r"B, C"}[loss.view]
         assert re.search(rf"\({axes}", text), "shapes of the view"
     assert re.search(r"\b([Mm]ean|[Ss]um|divide[sd]?)\b|/ (B|\(|K|C)|·? ?Σ|held loss", text), "a reduction"
     floor = re.search(r"Floor: (.{3,})", text, re.DOTALL)
@@ -228,9 +227,8 @@ MEASURED = json.loads((ROOT / "benchmarks" / "results" / "losses.json").read_tex
 
 
 def test_the_stored_benchmark_has_every_loss_both_passes_time_and_memory():
-    assert [row["loss"] for row in MEASURED["rows"]] == list(LOSSES) or (
-        {row["loss"] for row in MEASURED["rows"]} == set(LOSSES) and len(MEASURED["rows"]) == len(LOSSES)
-    )
+    assert [row["loss"] for row in MEASURED["rows"]] == list(LOSSES)
+    assert "NVIDIA" in MEASURED["device"]
     for row in MEASURED["rows"]:
         assert row["shapes"][0][0] in (64, 256), "the batch"
         for who in ("ours", "plain"):
@@ -238,4 +236,3 @@ def test_the_stored_benchmark_has_every_loss_both_passes_time_and_memory():
                 assert row[who][what] > 0, (row["loss"], who, what)
         if row["loss"] not in ("mgd", "crd"):  # these draw numbers
             assert row["ours"]["value"] == pytest.approx(row["plain"]["value"], rel=1e-4), row["loss"]
-    assert torch.device("cuda") and "NVIDIA" in MEASURED["device"]

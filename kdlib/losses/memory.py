@@ -118,11 +118,11 @@ class CRD(Learned):
                 self._remember(indices, u_s, u_t)
         return (self._estimate(scores_s, z[0]) + self._estimate(scores_t, z[1])) / len(student)
 
-    def _scale(self, *scores: Tensor) -> Tensor:
+    def _scale(self, *sides: Tensor) -> Tensor:
         """``Z`` of both sides, ``(2,)``."""
         if self.variant == "paper":
-            return scores[0].new_ones(2)
-        first = _mean_over_ranks(torch.stack([x.exp().mean() for x in scores])) * self.samples
+            return sides[0].new_ones(2)
+        first = _mean_over_ranks(torch.stack([x.exp().mean() for x in sides])) * self.samples
         return torch.where(self.z > 0, self.z.to(first.dtype), first)
 
     def _scores(self, memory: Tensor, u: Tensor, contrast: Tensor) -> Tensor:
