@@ -227,7 +227,7 @@ MEASURED = json.loads((ROOT / "benchmarks" / "results" / "losses.json").read_tex
 
 
 def test_the_stored_benchmark_has_every_loss_both_passes_time_and_memory():
-    assert [row["loss"] for row in MEASURED["rows"]] == list(LOSSES)
+    assert sorted(row["loss"] for row in MEASURED["rows"]) == sorted(LOSSES)
     assert "NVIDIA" in MEASURED["device"]
     for row in MEASURED["rows"]:
         assert row["shapes"][0][0] in (64, 256), "the batch"
