@@ -14,6 +14,7 @@ from .changes import changes
 from .opened import Member, Opened, metrics
 from .similarity import similarity
 from .timing import Step, time_step
+from .verdict import verdict
 
 CLASSES = 30
 """So many are shown at most."""
@@ -72,6 +73,10 @@ class View:
     @property
     def config(self) -> str:
         return dump(runfolder.resolved(self.opened.recipe))
+
+    @property
+    def verdict(self) -> str:
+        return verdict(self.rows, self.images)
 
     @property
     def teachers(self) -> list[Member]:
@@ -173,9 +178,14 @@ def _both(given: Answers, what: str, other: str) -> bool:
     return what == "student" and other in given.logits and what in given.logits
 
 
+def _in_colour(opened: Opened) -> list[Member]:
+    """Student, baseline, teachers: the order that gives each model one colour all over the page."""
+    return [opened.student, *([opened.baseline] if opened.baseline else []), *opened.teachers.values()]
+
+
 def _accuracy_lines(opened: Opened, number: int, alone: bool) -> list[plots.Line]:
     lines: list[plots.Line] = []
-    for member in [opened.student, *([opened.baseline] if opened.baseline else []), *opened.teachers.values()]:
+    for member in _in_colour(opened):
         points = [(m["epoch"], m["top1"]) for m in metrics(member.folder) if "top1" in m] if member.folder else []
         if points:
             dash = {"student": "solid", "baseline": "dashed"}.get(member.what, "dotted")
@@ -235,7 +245,7 @@ def _agreement(opened: Opened, given: Answers) -> list[dict[str, Any]]:
 
 def _calibration(opened: Opened, given: Answers) -> list[dict[str, Any]]:
     found = []
-    for number, member in enumerate(reversed(opened.members)):
+    for number, member in enumerate(_in_colour(opened)):
         if member.what in given.logits:
             logits = given.logits[member.what]
             bins = figures.reliability(logits, given.labels)
