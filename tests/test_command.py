@@ -20,6 +20,7 @@ import recipes.riformer.model  # noqa: F401  registers the models
 from kdlib import cli, yaml12
 from kdlib.recipe import json_schema
 from kdlib.recipe.editor import MARK, SHIPPED
+from kdlib.usage import usage
 
 
 class Answer:
@@ -52,6 +53,14 @@ def test_help_names_every_verb_and_every_verb_has_an_example(ask) -> None:
             told.code == 0 and f"  kdlib {verb}" in told.out and "From Python: " in told.out and "--debug" in told.out
         )
     assert ask().code == 2 and ask("--version").out.strip() == "0.1.0"
+
+
+def test_help_of_a_recipe_is_as_wide_as_the_terminal_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    for columns in (60, 100, 200):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        lines = [line for line in usage(Path("default.yaml")).splitlines() if "data.root=~/images" not in line]
+        assert max(map(len, lines)) <= min(columns, 110), columns
+        assert "130 after Ctrl-C, 143 after SIGTERM" in " ".join(" ".join(lines).split())
 
 
 def test_what_the_help_names_for_python_is_there_after_import_kdlib(ask) -> None:
