@@ -318,6 +318,9 @@ def test_several_runs_stand_side_by_side_with_what_sets_them_apart(made: Path, t
     assert "This run has no baseline" in found.text["changes"]
     students = [row[1] for row in found.rows["outcome"] if row[0].startswith("student")]
     assert students[1] == found.row("outcome", "baseline")[0]
+    points, error = re.findall(r"[\d.]+", found.row("outcome", "student")[1])
+    assert found.text[""].count(f"{points} ± {error} points") == 2, "against the baseline, and the other way round"
+    assert f"points above the student of {made.name}" in found.text[""] or "points below the student" in found.text[""]
 
 
 def test_a_run_without_weights_leads_to_a_page_that_says_so(made: Path, tmp_path: Path) -> None:
@@ -408,7 +411,7 @@ def test_the_verdict_says_what_the_table_says_and_what_it_cannot_tell() -> None:
     said = verdict([*teachers, row("baseline", 80.9), row("student", 83.3, (2.4, 0.46))], 4000)
     assert said == (
         "The student is right on 83.30 % of 4,000 test images, 2.40 ± 0.46 points above the baseline, "
-        "0.55 below teacher wide."
+        "0.55 points below teacher wide."
     )
     said = verdict([row("student", 82.25, (-0.57, 0.43))], 4000)
     assert said.endswith("0.57 ± 0.43 points below the baseline (no more than chance among these images).")

@@ -61,6 +61,8 @@ class View:
     """Test accuracy of student, baseline and teachers over epochs."""
     terms: str
     term_lines: list[plots.Line]
+    answers: Answers
+    """Of every model that is there, to the test images."""
     by_class: list[ClassRow] = field(default_factory=list)
     agreement: list[dict[str, Any]] = field(default_factory=list)
     calibration: list[dict[str, Any]] = field(default_factory=list)
@@ -99,9 +101,10 @@ def look(opened: Opened, number: int, alone: bool) -> View:
         _accuracy_lines(opened, number, alone),
         plots.curves(term_lines, "value before its weight", log=True) if term_lines else "",
         term_lines,
+        given,
     )
     _say_missing(view)
-    view.calibration = _calibration(opened, given)
+    view.calibration = _calibration(opened, given, None if alone else number)
     if "student" in given.logits:
         view.by_class = _by_class(opened, given)
         view.agreement = _agreement(opened, given)
@@ -243,7 +246,8 @@ def _agreement(opened: Opened, given: Answers) -> list[dict[str, Any]]:
     ]
 
 
-def _calibration(opened: Opened, given: Answers) -> list[dict[str, Any]]:
+def _calibration(opened: Opened, given: Answers, run: int | None) -> list[dict[str, Any]]:
+    """A diagram a model, in the colour of its curve: its own, or on a page of several runs its run's."""
     found = []
     for number, member in enumerate(_in_colour(opened)):
         if member.what in given.logits:
@@ -252,7 +256,7 @@ def _calibration(opened: Opened, given: Answers) -> list[dict[str, Any]]:
             found.append(
                 {
                     "what": member.what,
-                    "svg": plots.diagram(bins, number),
+                    "svg": plots.diagram(bins, number if run is None else run),
                     "ece": figures.ece(bins),
                     "nll": figures.nll(logits, given.labels),
                     "confidence": 100 * sum(b.share * b.confidence for b in bins),
