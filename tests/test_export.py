@@ -77,6 +77,7 @@ def test_a_timm_student_loads_with_timm_alone(timm_run: Found, tmp_path: Path) -
     again = find_model(str(tmp_path / "out"))
     assert again.shape == (3, 32, 32) and again.trained
     card = (tmp_path / "out" / "README.md").read_text()
+    assert "\nlibrary_name: timm\n" in card
     code = card.split("```python\n")[1].split("```")[0]
     fresh(tmp_path, timm_run, f"{code}\nlogits = model(images).detach()")
 
@@ -120,6 +121,7 @@ def test_torch_export_needs_torch_alone_and_takes_any_batch(riformer: Found, tmp
     fresh(tmp_path, riformer, f"{load}\n{halves}")
     fixed = export(riformer, "torch-export", tmp_path / "one", batch_size=1)
     assert fixed.images == 24
+    assert "\nlibrary_name: pytorch\n" in (fixed.folder / "README.md").read_text(), "timm does not load it"
 
 
 @pytest.mark.slow
