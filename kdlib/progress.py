@@ -48,7 +48,7 @@ class Bar:
 @contextmanager
 def bar(title: str, total: int, done: int = 0, shown: bool = True) -> Iterator[Bar]:
     """A progress bar over ``total`` steps of which ``done`` lie behind."""
-    if not (shown and console.is_terminal):
+    if not (shown and console.is_interactive):
         plain = Bar(title, total, done, None, shown)
         yield plain
         plain.print_line()

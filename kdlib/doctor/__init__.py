@@ -106,7 +106,7 @@ def _warnings(teachers: list[Examined], terms: list[Weighed]) -> Iterator[str]:
             yield f"teacher {one.name} is not trained yet ({one.source}); its terms say little before it is"
         elif one.short:
             yield (
-                f"teacher {one.name} is right on {one.top1:.1f} %, expected are {one.expected:.1f} (± {one.margin:.1f} "
+                f"teacher {one.name} is right on {one.top1:.1f} %, expected are {one.expected:.2f} (± {one.margin:.1f} "
                 f"on {one.images:,} images): are its images prepared as for its training (teachers.{one.name}.mean, "
                 ".std, .size, data.crop_pct), and are the classes in its order?"
             )
