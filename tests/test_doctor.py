@@ -147,7 +147,7 @@ def test_a_teacher_that_misses_its_accuracy_by_more_than_chance_is_told(top1, ex
     teacher = Examined("wide", "gfnet", "file.pth", True, top1, expected, 0.1, images, "as the student's")
     assert teacher.short == short
     warned = [line for line in _warnings([teacher], []) if "wide" in line]
-    assert [f"{expected} " in line and "teachers.wide.mean" in line for line in warned] == [True] * short
+    assert [f"{expected:.2f} " in line and "teachers.wide.mean" in line for line in warned] == [True] * short
 
 
 def test_the_schedule_is_timed_phase_by_phase(found: Diagnosis) -> None:
