@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import builtins
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ import torch
 from conftest import ROOT
 from jsonschema import Draft202012Validator
 from PIL import Image
+from rich.console import Console
 
 import recipes.riformer.model  # noqa: F401  registers the models
 from kdlib import cli, yaml12
@@ -206,3 +209,14 @@ def test_the_command_starts_as_a_module_and_imports_a_recipe_from_the_working_di
     ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120, check=False)
     assert done.returncode == 0 and "gfnet_h_nano: " in done.stdout, done.stderr
+
+
+def test_a_notebook_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """rich would show each line as an HTML block of its own there."""
+
+    class ZMQInteractiveShell:
+        """As rich recognises a notebook."""
+
+    monkeypatch.setattr(builtins, "get_ipython", ZMQInteractiveShell, raising=False)
+    assert Console().is_jupyter, "rich no longer recognises a notebook like this"
+    assert not runpy.run_path(str(ROOT / "kdlib" / "progress.py"))["console"].is_jupyter
