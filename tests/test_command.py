@@ -212,11 +212,13 @@ def test_the_command_starts_as_a_module_and_imports_a_recipe_from_the_working_di
 
 
 def test_a_notebook_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
-    """rich would show each line as an HTML block of its own there."""
+    """rich would show each line as an HTML block of its own there, and each move of a bar as another line."""
 
     class ZMQInteractiveShell:
         """As rich recognises a notebook."""
 
     monkeypatch.setattr(builtins, "get_ipython", ZMQInteractiveShell, raising=False)
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as ipykernel does
     assert Console().is_jupyter, "rich no longer recognises a notebook like this"
-    assert not runpy.run_path(str(ROOT / "kdlib" / "progress.py"))["console"].is_jupyter
+    console = runpy.run_path(str(ROOT / "kdlib" / "progress.py"))["console"]
+    assert not console.is_jupyter and not console.is_terminal
