@@ -25,9 +25,11 @@ default_role = "code"
 
 nb_execution_mode = "force"
 nb_execution_raise_on_error = True
-nb_execution_timeout = 300
+nb_execution_timeout = 900
 nb_output_stderr = "remove"  # progress bars, and warnings that name places of this machine
 os.environ.setdefault("PYTHONPATH", str(Path(__file__).resolve().parents[1]))
+for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):  # of the notebooks: glibc gives large tensors back to
+    os.environ.setdefault(name, "1073741824")  # the system at each step, and 224 px then cost several times as long
 
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
