@@ -19,6 +19,7 @@ VERBS = {
     "doctor": "examines a config before hours are spent on it",
     "export": "takes the student of a finished run away, checked against the run",
     "report": "what runs came to, as one HTML page",
+    "shards": "lists the tar files of a data set that outgrows one disk",
     "schema": "the JSON schema of a config, for editors",
 }
 """Verb to what it does; each is a file here, with ``arguments(parser)`` and ``run(options)``."""
