@@ -12,6 +12,7 @@ from pathlib import Path
 
 from .config import COMMAND_LINE, ConfigError, Document, is_assignment, read
 from .dryrun import dry_run
+from .plugins import load_plugins
 from .progress import console
 from .recipe import Recipe, json_schema, load
 from .recipe.weights import Convert
@@ -42,6 +43,7 @@ def main(
     rest = [argument for argument in arguments if argument not in FLAGS]
     console.quiet = "--quiet" in flags
     try:
+        load_plugins()
         if flags & {"--help", "-h"}:
             print(usage(default))
             return 0

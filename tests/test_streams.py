@@ -417,7 +417,7 @@ PARQUET = {
 def test_parquet_that_is_wrong_is_one_line(what: str, hub: Path) -> None:
     spoil, says = PARQUET[what]
     spoil(hub)
-    with pytest.raises(ValueError, match="data set|cannot be read") as error:
+    with pytest.raises(ValueError, match=r"data set|cannot be read") as error:
         list(streamed(hub).train.epoch())
     assert says in str(error.value) and "\n" not in str(error.value)
 

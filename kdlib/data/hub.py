@@ -1,38 +1,45 @@
-"""Data sets of the Hugging Face Hub, or folders like them, streamed: Parquet files, read by `datasets`."""
+"""Data sets of the Hugging Face Hub, or folders like them, streamed: Parquet files, which `datasets` finds."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from .shards import Shards
 from .sources import _line, _rgb, _same_classes
 
-AT_ONCE = 16
-"""Files whose footers are asked for at a time."""
+AT_ONCE, ROWS = 16, 32
+"""Files whose footers are asked for at a time, and rows that are decoded at a time."""
 
 
 class ParquetShards(Shards):
-    """One split, of an IterableDataset of `datasets` whose shards are the files `names`."""
+    """One split: Parquet files `names`, or addresses that fsspec knows, with a column of images and one of classes."""
 
     def __init__(
-        self, stream: Any, keys: tuple[str, str], names: Sequence[str], lengths: Sequence[int], classes: tuple[str, ...]
+        self, keys: tuple[str, str], names: Sequence[str], lengths: Sequence[int], classes: tuple[str, ...]
     ) -> None:
         super().__init__(names, lengths, classes)
-        self.stream, self.keys = stream, keys
+        self.keys = keys
 
     def samples(self, shard: int, first: int, last: int) -> Iterator[dict[str, Any]]:
-        """See `Shards.samples`."""
-        rows, found = iter(self.stream.shard(num_shards=len(self.names), index=shard)), first
-        for row in islice(rows, first, last):
-            found += 1
-            yield row
-        if found < last:
-            raise ValueError(f"{self.names[shard]} ends after {found} of {self.lengths[shard]} images")
+        """See `Shards.samples`. Groups of rows that nobody wants are not read."""
+        at = 0
+        with _opened(self.names[shard]) as file:
+            for group in range(file.num_row_groups):
+                rows = file.metadata.row_group(group).num_rows
+                if first < at + rows and at < last:
+                    place = at
+                    for batch in file.iter_batches(ROWS, row_groups=[group], columns=[*self.keys]):
+                        if first < place + len(batch):
+                            yield from batch.to_pylist()[max(first - place, 0) : max(last - place, 0)]
+                        place += len(batch)
+                at += rows
+        if at != self.lengths[shard]:
+            raise ValueError(f"{self.names[shard]} holds {at} images, and {self.lengths[shard]} when the run began")
 
     def read(self, sample: dict[str, Any]) -> tuple[Any, int]:
         """See `Shards.read`."""
@@ -77,7 +84,8 @@ def _split(name: str, builder: Any, split: str) -> ParquetShards:
     files = builder.config.data_files or {}
     if split not in files:
         raise ValueError(
-            f"data set {name!r}: no split {split!r} (known: {', '.join(files) or 'none'}); name two by splits="
+            f"data set {name!r}: no split {split!r} (known: {', '.join(map(str, files)) or 'none'}); "
+            "name two by splits="
         )
     names = [str(file) for file in files[split]]
     if not all(file.endswith(".parquet") for file in names):
@@ -86,19 +94,13 @@ def _split(name: str, builder: Any, split: str) -> ParquetShards:
             "save the set so (to_parquet), or use hfds/…"
         )
     try:
-        stream = builder.as_streaming_dataset(split=split)
+        features = builder.as_streaming_dataset(split=split).features or {}
         with ThreadPoolExecutor(AT_ONCE) as pool:
             lengths = list(pool.map(_rows, names))
     except Exception as error:
         raise ValueError(
             f"data set {name!r}, split {split!r}: cannot be read ({type(error).__name__}: {_line(error)})"
         ) from None
-    if stream.num_shards != len(names):
-        raise ValueError(
-            f"data set {name!r}: datasets {datasets.__version__} cuts its {len(names)} files into "
-            f"{stream.num_shards} shards; use another version of it, or hfds/…"
-        )
-    features = stream.features or {}
     images = [key for key, kind in features.items() if isinstance(kind, datasets.Image)]
     labels = [key for key, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
     if len(images) != 1 or len(labels) != 1:
@@ -107,14 +109,19 @@ def _split(name: str, builder: Any, split: str) -> ParquetShards:
             "exactly one of each tells what to learn"
         )
     classes = tuple(features[labels[0]].names)
-    stream = stream.select_columns([images[0], labels[0]]).cast_column(images[0], datasets.Image(decode=False))
-    return ParquetShards(stream, (images[0], labels[0]), names, lengths, classes)
+    return ParquetShards((images[0], labels[0]), names, lengths, classes)
 
 
-def _rows(file: str) -> int:
-    """Rows of a Parquet file, from its footer."""
+@contextmanager
+def _opened(name: str) -> Iterator[Any]:
     import fsspec
     import pyarrow.parquet
 
-    with fsspec.open(file) as opened:
-        return int(pyarrow.parquet.ParquetFile(opened).metadata.num_rows)
+    with fsspec.open(name) as file:
+        yield pyarrow.parquet.ParquetFile(file)
+
+
+def _rows(name: str) -> int:
+    """Rows of a Parquet file, from its footer."""
+    with _opened(name) as file:
+        return int(file.metadata.num_rows)
