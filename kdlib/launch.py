@@ -96,7 +96,8 @@ def read_config(arguments: Sequence[str], default: Path | None = None) -> Docume
     files = [argument for argument in arguments if not is_assignment(argument) and not argument.startswith("-")]
     document = read(arguments if files or default is None else [str(default), *arguments])
     if files and "output" not in document.data:
-        document.overlay({"output": f"runs/{'-'.join(Path(file).stem for file in files)}"}, COMMAND_LINE)
+        said_by = COMMAND_LINE if document.data else files[0]  # whose mistake it is that nothing is said
+        document.overlay({"output": f"runs/{'-'.join(Path(file).stem for file in files)}"}, said_by)
     return document
 
 

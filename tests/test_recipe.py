@@ -41,6 +41,7 @@ def wrong(*arguments: str) -> list[str]:
 # one line for each mistake
 
 
+@pytest.mark.fault("config")
 @pytest.mark.parametrize(
     ("argument", "line"),
     [
@@ -137,6 +138,7 @@ def test_a_mistake_is_one_line_that_says_where_and_what(argument: str, line: str
     assert found.startswith(f"command line: {line}"), found
 
 
+@pytest.mark.fault("config")
 @pytest.mark.parametrize(
     ("loss", "mix", "line"),
     [
@@ -177,6 +179,7 @@ def test_a_mistake_in_a_base_is_told_with_the_base(tmp_path: Path) -> None:
     assert caught.value.lines[0].startswith(f"{tmp_path / 'part.yaml'}: optimizer.lr: ")
 
 
+@pytest.mark.fault("hostile config")
 def test_hostile_names_neither_break_nor_hide_the_line() -> None:
     (line,) = _lines({"x\ny\x1b[2J": 1})
     assert line.startswith("evil: x\\ny\\x1b[2J: unknown key")
@@ -407,6 +410,7 @@ def write_weights(kind: str, path: Path) -> None:
         path.mkdir()
 
 
+@pytest.mark.fault("hostile weights")
 @pytest.mark.parametrize(
     ("kind", "name", "says"),
     [

@@ -71,6 +71,7 @@ def test_imports_only_go_down(path: Path) -> None:
             assert parts[0] in HEAVY[FLOORS[here]], f"{here} on floor {FLOORS[here]} imports {parts[0]}"
 
 
+@pytest.mark.fault("install")
 @pytest.mark.parametrize("what", ["kdlib", "kdlib.losses"])
 def test_import_loads_torch_and_einops_and_nothing_heavier(what: str) -> None:
     """Rule 8, and the losses work where torchvision does not."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tests.conftest import ROOT
-from tests.faults.conftest import GROUPS
+from tests.matrix import GROUPS
 
 
 def test_the_page_has_the_table() -> None:

@@ -25,7 +25,7 @@ def end(one: Run, job: list[Any], *codes: int) -> list[str]:
     return said
 
 
-@pytest.mark.fault("ranks")
+@pytest.mark.fault("launch")
 @pytest.mark.parametrize("point", ["step:3", "batch:8", "save.tensors:2"])
 def test_one_process_is_killed(point: str, run: Any) -> None:
     one = run(RICH)
@@ -37,7 +37,7 @@ def test_one_process_is_killed(point: str, run: Any) -> None:
     check_as_if_nothing_had_been(one, ranks=2)
 
 
-@pytest.mark.fault("ranks")
+@pytest.mark.fault("kill")
 @pytest.mark.parametrize("points", [("step:2", "step:2"), ("log:3", "evaluate:1")])
 def test_both_are_killed(points: tuple[str, str], run: Any) -> None:
     one = run(RICH)
@@ -49,7 +49,7 @@ def test_both_are_killed(points: tuple[str, str], run: Any) -> None:
     check_as_if_nothing_had_been(one, ranks=2)
 
 
-@pytest.mark.fault("ranks")
+@pytest.mark.fault("signal")
 @pytest.mark.parametrize("asked", [(0,), (1,), (0, 1)])
 def test_a_signal_to_any_process_stops_all_of_them_at_one_step(asked: tuple[int, ...], run: Any) -> None:
     one = run(RICH)
@@ -60,7 +60,7 @@ def test_a_signal_to_any_process_stops_all_of_them_at_one_step(asked: tuple[int,
     check_as_if_nothing_had_been(one, ranks=2)
 
 
-@pytest.mark.fault("ranks")
+@pytest.mark.fault("numbers")
 @pytest.mark.parametrize("policy", ["stop", "skip"])
 def test_numbers_that_go_wrong_on_one(policy: str, run: Any) -> None:
     one = run(RICH, on_nonfinite=policy)
@@ -71,7 +71,7 @@ def test_numbers_that_go_wrong_on_one(policy: str, run: Any) -> None:
     assert entry["images"] == epoch_order(100, 8, seed=0, epoch=0, rank=1, world_size=2)[2].tolist()
 
 
-@pytest.mark.fault("ranks")
+@pytest.mark.fault("launch")
 def test_another_number_of_processes_is_refused(run: Any) -> None:
     one = run(RICH)
     end(one, one.start_two(of={rank: {"KDLIB_FAULT": "step:3"} for rank in (0, 1)}), -9, -9)
@@ -81,7 +81,7 @@ def test_another_number_of_processes_is_refused(run: Any) -> None:
     check_as_if_nothing_had_been(one, ranks=2)
 
 
-@pytest.mark.fault("ranks")
+@pytest.mark.fault("disk")
 def test_a_disk_that_is_full_ends_both(run: Any) -> None:
     one = run(RICH)
     said = end(one, one.start_two(limit=20_000), 1, 1)
@@ -90,7 +90,7 @@ def test_a_disk_that_is_full_ends_both(run: Any) -> None:
     check_as_if_nothing_had_been(one, ranks=2)
 
 
-@pytest.mark.fault("ranks")
+@pytest.mark.fault("launch")
 def test_a_second_job_in_the_folder_is_refused(run: Any) -> None:
     one = run(RICH)
     first = one.start_two(KDLIB_BREAK="sleep:0.5")
