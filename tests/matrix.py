@@ -71,7 +71,7 @@ def whole(config: pytest.Config) -> list[str]:
     asked = [Path(str(argument)).resolve() for argument in config.args]
     return [
         group for group in GROUPS
-        if all(any(place == path or place in path.parents for place in asked) for path in files()[group])
+        if all(any(place == path or place in path.parents for place in asked) for path in files()[group] or {HERE})
     ]  # fmt: skip
 
 
