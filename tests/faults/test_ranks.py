@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import time
 from typing import Any
 
@@ -103,3 +104,31 @@ def test_a_second_job_in_the_folder_is_refused(run: Any) -> None:
         process.join()
     end(one, one.start_two(), 0, 0)
     check_as_if_nothing_had_been(one, ranks=2)
+
+
+@pytest.mark.fault("launch")
+@pytest.mark.parametrize("change", ["seed=1", "optimizer.lr=0.01"])
+def test_ranks_that_disagree_are_refused(change: str, run: Any) -> None:
+    one = run(RICH)
+    job = one.start_two("threads=1", of={0: {}, 1: {"KDLIB_ARGUMENT": change}})
+    said = end(one, job, 2, 2)
+    key = change.partition("=")[0].partition(".")[0]
+    assert (
+        f"launch: process 1 was started with another {key} (" in said[0] and "start all with the same config" in said[1]
+    )
+    assert not one.output.exists()
+    end(one, one.start_two(), 0, 0)
+    check_as_if_nothing_had_been(one, ranks=2)
+
+
+@pytest.mark.fault("launch")
+def test_a_port_that_is_taken_is_one_line(run: Any) -> None:
+    one = run(RICH)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        group = {"ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        said = one.go(code=1, WORLD_SIZE="2", RANK="0", LOCAL_RANK="0", **group)
+    last = said.strip().splitlines()[-1]
+    assert "launch: the processes cannot meet (" in last and "Traceback" not in said, said
