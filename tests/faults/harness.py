@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
+import os
 import shutil
 import socket
 import tempfile
@@ -25,8 +26,8 @@ from tests.tars import make_shards
 
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["tests.faults.child"])
-PATIENCE = 60
-"""Seconds after which a run has ended, or hangs."""
+PATIENCE = float(os.environ.get("KDLIB_PATIENCE", "60"))
+"""Seconds after which a run has ended, or hangs; more where the machine is busy with other things."""
 
 RICH = {
     "student": {"name": "fault_toy"},

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from kdlib.data.samplers import epoch_order
-from tests.faults.harness import RICH, Run, check_as_if_nothing_had_been
+from tests.faults.harness import PATIENCE, RICH, Run, check_as_if_nothing_had_been
 
 SAID = ("said", "said1")
-QUICK = 60
-"""Seconds within which a job ends when it loses a process."""
+QUICK = PATIENCE
+"""Seconds within which a job ends when it loses a process: a minute."""
 
 
 def end(one: Run, job: list[Any], *codes: int) -> list[str]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.faults.harness import FILES, RICH, SHARDS, check_as_if_nothing_had_been
+from tests.faults.harness import FILES, PATIENCE, RICH, SHARDS, check_as_if_nothing_had_been
 
 PLACES = {
     1: ("step:1", "step:3", "step:6", "evaluate:1", "step:9"),
@@ -62,7 +62,7 @@ def test_on_two_ranks(recipe: dict[str, Any], place: str, run: Any) -> None:
     one = run(recipe)
     job = one.start_two(of={rank: {"KDLIB_FAULT": place} for rank in (0, 1)})
     for process in job:
-        process.join(60)
+        process.join(PATIENCE)
     assert -9 in [process.exitcode for process in job] and None not in [process.exitcode for process in job]
     for process, name in zip(one.start_two(), ("said", "said1"), strict=True):
         one.end(process, 0, name)
