@@ -10,6 +10,7 @@ import pytest
 
 from kdlib import launch
 from kdlib.recipe import Recipe
+from kdlib.runfolder import beside
 
 GOOD = "student: {name: resnet18}\nterms: {label: {loss: cross_entropy}}\n"
 
@@ -76,3 +77,13 @@ def test_nothing_in_a_text_is_replaced(text: str, tmp_path: Path, monkeypatch: p
     accepted: list[Recipe] = []
     assert launch.main(accepted.append, Path("x.yaml"), ["x.yaml"]) == 0
     assert accepted[0].output == Path(text)
+
+
+@pytest.mark.fault("hostile config")
+@pytest.mark.parametrize("name", ["hf-hub:../../x", "hf-hub:/etc/x", "hf-hub:a/b@../c"])
+def test_the_folder_of_a_child_lies_beside_its_parents(name: str, tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text(GOOD.replace("resnet18", f"'{name}'") + f"output: {tmp_path}/runs/x\n")
+    accepted: list[Recipe] = []
+    assert launch.main(accepted.append, Path("x.yaml"), [str(tmp_path / "x.yaml")]) == 0
+    folder = beside(accepted[0], accepted[0]).output
+    assert folder.parent == tmp_path / "runs" and folder.resolve().parent == (tmp_path / "runs").resolve()
