@@ -25,7 +25,7 @@ GROUPS: dict[str, tuple[int, str]] = {
     "numbers": (27, "NaN and infinity in student, teacher, loss, gradient, weights, under stop, skip and rollback"),
     "config": (112, "configs with mistakes: key, type, range, name, file; one line each, with the nearest right name"),
     "fuzz": (500, "documents that hypothesis makes up: a recipe or lines, never a traceback"),
-    "hostile config": (64, "tags, import paths, alias bombs, nesting, paths out of folders, plugins that fail"),
+    "hostile config": (61, "tags, import paths, alias bombs, nesting, paths out of folders, plugins that fail"),
     "hostile weights": (26, "pickles, headers that lie, archives and links that lead away; no code is run"),
     "teacher": (11, "the teacher is the one that was named: digest, shapes, names, classes, input; it never changes"),
     "data": (96, "folders, splits, images, shards and lists of shards that are wrong, vanish, or lie"),
