@@ -509,8 +509,8 @@ def test_bad_augmentation(values: dict[str, Any], parts: tuple[str, ...]) -> Non
     [
         ({"name": "fashion_mnist5k"}, ("'fashion_mnist5k'", "did you mean 'fashion-mnist-5k'", "known: ", "folder")),
         ({"name": "zzz"}, ("'zzz'", "known: ")),
-        ({"name": "wds/shards"}, ("'wds/shards'", "stream", "not supported")),
-        ({"name": "hfids/x"}, ("stream",)),
+        ({"name": "wds/shards"}, ("'wds/shards'", "needs root=")),
+        ({"name": "tfds/x"}, ("'tfds/x'", "is not taken")),
         ({"name": "torch/cifar10"}, ("'torch/cifar10'", "root=")),
         ({"name": "torch/folder", "root": "."}, ("name='folder'",)),
         ({"name": "folder"}, ("root=", "train/<class>")),
