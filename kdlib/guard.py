@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from . import checkpoint
 from .data import Loader
-from .data.samplers import EpochBatches, epoch_order
+from .data.samplers import Batches
 from .journal import GRADIENT, LOSS, Row
 from .progress import say
 
@@ -63,7 +63,7 @@ def find(rows: Iterable[Row], epoch: int) -> list[NotFinite]:
     return found
 
 
-def images(bad: NotFinite, batches: EpochBatches, accumulate: int) -> list[int]:
+def images(bad: NotFinite, batches: Batches, accumulate: int) -> list[int]:
     """Numbers of the images that were looked at: the batch's, or the whole step's where only its gradient is known."""
     first = bad.batch - bad.batch % accumulate
     step = bad.what == "gradient" and not bad.names
@@ -71,14 +71,7 @@ def images(bad: NotFinite, batches: EpochBatches, accumulate: int) -> list[int]:
         image
         for rank in bad.ranks
         for number in (range(first, first + accumulate) if step else [bad.batch])
-        for image in epoch_order(
-            batches.images,
-            batches.batch_size,
-            seed=batches.seed,
-            epoch=bad.epoch,
-            rank=rank,
-            world_size=batches.world_size,
-        )[number].tolist()
+        for image in batches.rows(bad.epoch, rank)[number].tolist()
     ]
 
 

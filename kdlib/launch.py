@@ -12,6 +12,7 @@ from pathlib import Path
 
 from .config import COMMAND_LINE, ConfigError, Document, is_assignment, one_line, read
 from .dryrun import dry_run
+from .plugins import load_plugins
 from .progress import console
 from .recipe import Recipe, json_schema, load
 from .recipe.weights import Convert
@@ -42,6 +43,7 @@ def main(
     rest = [argument for argument in arguments if argument not in FLAGS]
     console.quiet = "--quiet" in flags
     try:
+        load_plugins()
         if flags & {"--help", "-h"}:
             print(usage(default))
             return 0
@@ -94,7 +96,8 @@ def read_config(arguments: Sequence[str], default: Path | None = None) -> Docume
     files = [argument for argument in arguments if not is_assignment(argument) and not argument.startswith("-")]
     document = read(arguments if files or default is None else [str(default), *arguments])
     if files and "output" not in document.data:
-        document.overlay({"output": f"runs/{'-'.join(Path(file).stem for file in files)}"}, COMMAND_LINE)
+        said_by = COMMAND_LINE if document.data else files[0]  # whose mistake it is that nothing is said
+        document.overlay({"output": f"runs/{'-'.join(Path(file).stem for file in files)}"}, said_by)
     return document
 
 

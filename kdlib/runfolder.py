@@ -13,6 +13,8 @@ from importlib import metadata
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import nn
 
 from . import __version__, checkpoint
@@ -73,6 +75,25 @@ def check_free(recipe: Recipe) -> None:
                     "choose another output=… or delete it"
                 ]
             )
+
+
+def check_agreed(recipe: Recipe, accelerator: Accelerator) -> None:
+    """Makes sure that all processes of a job were started with one config.
+
+    Raises:
+        ConfigError: they were not; on every process.
+    """
+    mine = {key: value for key, value in resolved(recipe).items() if key != "threads"}
+    for rank, theirs in enumerate(gather_object([mine]) if accelerator.num_processes > 1 else []):
+        for key in mine:
+            if not _same(theirs.get(key), mine[key]):
+                old, new = _difference(theirs.get(key), mine[key])
+                raise ConfigError(
+                    [
+                        f"launch: process {rank} was started with another {key} ({old} there, {new} on process "
+                        f"{accelerator.process_index}); start all with the same config"
+                    ]
+                )
 
 
 @contextmanager

@@ -63,6 +63,8 @@ def start(recipe: Recipe) -> Accelerator:
     except ValueError as error:
         what = "launch" if recipe.precision == "none" else f"precision: {recipe.precision} cannot be had here"
         raise ConfigError([f"{what}: {' '.join(str(error).split())}"]) from None
+    except torch.distributed.DistError as error:
+        raise ConnectionError(f"launch: the processes cannot meet ({' '.join(str(error).split())[:200]})") from None
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world != accelerator.num_processes:
         raise ConfigError(
@@ -134,6 +136,7 @@ def run(
         ConfigError: anything in the recipe that does not fit, or a folder that holds another run.
     """
     accelerator = accelerator or start(recipe)
+    runfolder.check_agreed(recipe, accelerator)
     return _make(get_ready(recipe, accelerator, convert, title), accelerator)
 
 

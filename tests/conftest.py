@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.matrix import pytest_runtest_setup, pytest_sessionfinish, pytest_terminal_summary  # noqa: F401
+
 ROOT = Path(__file__).parents[1]
 GOLDENS = ROOT / "tests" / "goldens"
 

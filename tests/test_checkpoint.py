@@ -195,6 +195,7 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
 }
 
 
+@pytest.mark.fault("damage")
 @pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize("file", [TENSORS, TREE, MANIFEST])
 def test_a_damaged_checkpoint_is_told_and_the_older_one_is_taken(file: str, damage: str, tmp_path: Path) -> None:
@@ -209,12 +210,14 @@ def test_a_damaged_checkpoint_is_told_and_the_older_one_is_taken(file: str, dama
     assert same(latest(tmp_path), (16, states[16], []))
 
 
+@pytest.mark.fault("damage")
 def test_a_checkpoint_under_another_number_is_damaged(tmp_path: Path) -> None:
     two(tmp_path)
     (tmp_path / "step-00000016").rename(tmp_path / "step-00000017")
     assert latest(tmp_path)[0] == 8 and "is of step 16" in latest(tmp_path)[2][0]
 
 
+@pytest.mark.fault("damage")
 def test_when_none_is_whole_one_error_lists_why(tmp_path: Path) -> None:
     two(tmp_path)
     flip(tmp_path / "step-00000016" / TENSORS)
@@ -234,6 +237,7 @@ class Trap:
         return (os.system, (f"touch {self.mark}",))
 
 
+@pytest.mark.fault("hostile weights")
 @pytest.mark.parametrize("file", [TENSORS, TREE, MANIFEST])
 def test_a_pickle_in_a_checkpoint_never_runs(file: str, tmp_path: Path) -> None:
     two(tmp_path / "run")
@@ -253,6 +257,7 @@ def test_a_pickle_in_a_checkpoint_never_runs(file: str, tmp_path: Path) -> None:
 # writing that fails
 
 
+@pytest.mark.fault("disk")
 @pytest.mark.parametrize("after", ["nothing", "half"])
 @pytest.mark.parametrize("target", ["checkpoint", "weights", "json"])
 def test_a_write_that_fails_leaves_what_was_there_and_no_draft(
@@ -304,6 +309,7 @@ print(checkpoint.load_latest(folder)[0], sorted(path.name for path in folder.ite
 """
 
 
+@pytest.mark.fault("disk")
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on file sizes")
 def test_when_the_disk_is_full_the_older_checkpoint_stays_and_no_draft(tmp_path: Path) -> None:
     done = subprocess.run(

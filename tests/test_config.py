@@ -73,6 +73,7 @@ def test_a_scalar_is_what_yaml_1_2_says(text: str, value: object) -> None:
     assert found == value and type(found) is type(value)
 
 
+@pytest.mark.fault("hostile config")
 @pytest.mark.parametrize(
     ("text", "says"),
     [
@@ -115,6 +116,7 @@ def test_what_is_no_plain_finite_data_is_refused_in_one_line(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.fault("hostile config")
 @pytest.mark.parametrize("kind", ["lists", "mappings"])
 def test_an_alias_bomb_is_refused_at_once(kind: str) -> None:
     pair, last = ("[", "]"), "[x]" if kind == "lists" else "{x: 1}"
@@ -154,6 +156,7 @@ def test_an_empty_file_says_nothing(write, content: str) -> None:
     assert read([str(write("a.yaml", content))]).data == {}
 
 
+@pytest.mark.fault("config")
 @pytest.mark.parametrize(
     ("content", "says"),
     [
@@ -179,6 +182,7 @@ def test_a_file_that_cannot_be_a_config_is_named(write, content: str | bytes, sa
     assert wrong(path).startswith(f"{path}: ") and says in wrong(path)
 
 
+@pytest.mark.fault("config")
 def test_a_missing_file_is_named_with_the_nearest_one_that_is_there(write, tmp_path: Path) -> None:
     there = write("imitate.yaml", "a: 1")
     assert wrong(tmp_path / "imitat.yaml").endswith(f"did you mean {there}?")
@@ -187,6 +191,7 @@ def test_a_missing_file_is_named_with_the_nearest_one_that_is_there(write, tmp_p
     assert "values are written key=value" in wrong("epochs")
 
 
+@pytest.mark.fault("hostile config")
 def test_links_that_lead_nowhere_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").symlink_to(tmp_path / "b.yaml")
     (tmp_path / "b.yaml").symlink_to(tmp_path / "a.yaml")
@@ -206,6 +211,7 @@ def test_a_base_lies_under_the_mapping_that_names_it(write, tmp_path: Path) -> N
     }
 
 
+@pytest.mark.fault("config")
 def test_bases_in_a_circle_are_named(write) -> None:
     write("b.yaml", "base: a.yaml")
     assert "the files include each other in a circle" in wrong(write("a.yaml", "inner: {base: b.yaml}"))
@@ -241,6 +247,7 @@ def test_later_wins_and_keys_are_dotted(write) -> None:
     }
 
 
+@pytest.mark.fault("config")
 @pytest.mark.parametrize(
     ("argument", "says"),
     [

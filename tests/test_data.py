@@ -125,6 +125,7 @@ def test_licence_is_beside_the_embedded_data() -> None:
     assert hashlib.sha256(content).hexdigest() == kdlib.data.fashion.EMBEDDED_SHA256
 
 
+@pytest.mark.fault("install")
 def test_embedded_set_needs_neither_timm_nor_torchvision() -> None:
     code = (
         "import sys, kdlib.data as d; next(d.load().train.epoch(0)); print({'timm','torchvision'} & set(sys.modules))"
@@ -165,6 +166,7 @@ def test_folder_evaluation_is_timms(folder: Path) -> None:
     assert torch.allclose(images, expected, atol=1e-5)
 
 
+@pytest.mark.fault("data")
 @pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "CMYK", "1"])
 def test_other_modes_become_rgb(tmp_path: Path, mode: str) -> None:
     write_images(tmp_path, ("a", "b"), 2, 1)
@@ -327,6 +329,7 @@ def test_two_ranks_see_the_batches_of_one(folder: Path, kind: str) -> None:
     assert same(together, list(alone.train.epoch(4)))
 
 
+@pytest.mark.fault("metrics")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_three_ranks_evaluate_each_image_once(folder: Path, workers: int) -> None:
     whole = torch.cat([images for images, _ in small(folder).test.epoch()])
@@ -344,6 +347,7 @@ def test_three_ranks_evaluate_each_image_once(folder: Path, workers: int) -> Non
     assert torch.equal(labels.bincount(), embedded()[1].labels.bincount())
 
 
+@pytest.mark.fault("metrics")
 def test_more_ranks_than_test_images(tmp_path: Path) -> None:
     write_images(tmp_path, ("a", "b"), 3, 1)
     for workers in (0, 1):
@@ -499,13 +503,14 @@ def test_bad_augmentation(values: dict[str, Any], parts: tuple[str, ...]) -> Non
     one_line(error, *parts)
 
 
+@pytest.mark.fault("data")
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
         ({"name": "fashion_mnist5k"}, ("'fashion_mnist5k'", "did you mean 'fashion-mnist-5k'", "known: ", "folder")),
         ({"name": "zzz"}, ("'zzz'", "known: ")),
-        ({"name": "wds/shards"}, ("'wds/shards'", "stream", "not supported")),
-        ({"name": "hfids/x"}, ("stream",)),
+        ({"name": "wds/shards"}, ("'wds/shards'", "needs root=")),
+        ({"name": "tfds/x"}, ("'tfds/x'", "is not taken")),
         ({"name": "torch/cifar10"}, ("'torch/cifar10'", "root=")),
         ({"name": "torch/folder", "root": "."}, ("name='folder'",)),
         ({"name": "folder"}, ("root=", "train/<class>")),
@@ -549,6 +554,7 @@ def test_bad_start(start: int) -> None:
     one_line(error, str(start))
 
 
+@pytest.mark.fault("data")
 def test_timm_splits_never_train_on_the_test(tmp_path: Path) -> None:
     write_idx(tmp_path / "FashionMNIST" / "raw", packed=False)
     # torchvision would answer this training split with its test images
@@ -599,6 +605,7 @@ def set_byte(place: int, value: int) -> Any:
     return change
 
 
+@pytest.mark.fault("data")
 @pytest.mark.parametrize(
     ("name", "damage", "parts"),
     [
@@ -701,6 +708,7 @@ def spoil_loop(root: Path) -> None:
     (root / "train" / "a" / "again").symlink_to(root / "train" / "a")
 
 
+@pytest.mark.fault("data")
 @pytest.mark.parametrize(
     ("spoil", "kind", "parts"),
     [
@@ -736,6 +744,7 @@ def damage_image(path: Path, how: str) -> None:
         Image.fromarray(np.full((20, 20), 40_000, np.uint16)).save(path)
 
 
+@pytest.mark.fault("data")
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize(("split", "how"), [("train", "cut"), ("val", "empty"), ("train", "16 bit")])
 def test_corrupt_images_are_named(tmp_path: Path, split: str, how: str, workers: int) -> None:
@@ -750,6 +759,7 @@ def test_corrupt_images_are_named(tmp_path: Path, split: str, how: str, workers:
     assert not multiprocessing.active_children()
 
 
+@pytest.mark.fault("data")
 @pytest.mark.parametrize("how", ["text", "header"])
 def test_timms_readers_do_not_replace_corrupt_images(tmp_path: Path, how: str) -> None:
     from timm.data.dataset_factory import create_dataset

@@ -49,6 +49,7 @@ def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]
     return [*(tensor.clone() for tensor in model.state_dict().values()), *state]
 
 
+@pytest.mark.fault("numbers")
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD, torch.optim.RMSprop])
 @pytest.mark.parametrize("wrong", [nan, inf])
 def test_a_shielded_step_leaves_no_trace_where_it_is_bad_and_is_the_plain_one_where_it_is_good(

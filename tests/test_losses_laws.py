@@ -17,6 +17,7 @@ from kdlib.losses import LOSSES
 torch.set_num_threads(1)
 
 
+@pytest.mark.fault("losses")
 @pytest.mark.parametrize(("name", "chosen"), CASES, ids=label)
 @pytest.mark.parametrize("law", LAWS + laws_inputs.LAWS, ids=lambda law: law.__name__.removeprefix("law_"))
 def test_law(law, name, chosen):
@@ -35,6 +36,7 @@ def test_what_is_public_is_the_catalogue_and_its_tools():
     assert {"sim_kd", "vk_d", "review_kd", "rkd_distance", "feature_mse", "cckd"} <= LOSSES.keys(), "snake_case"
 
 
+@pytest.mark.fault("install")
 def test_importing_losses_stays_light():
     heavy = ("timm", "torchvision", "pydantic", "accelerate")
     script = f"import sys, kdlib.losses; print([name for name in {heavy} if name in sys.modules])"

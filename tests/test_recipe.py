@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,7 @@ def wrong(*arguments: str) -> list[str]:
 # one line for each mistake
 
 
+@pytest.mark.fault("config")
 @pytest.mark.parametrize(
     ("argument", "line"),
     [
@@ -137,6 +140,7 @@ def test_a_mistake_is_one_line_that_says_where_and_what(argument: str, line: str
     assert found.startswith(f"command line: {line}"), found
 
 
+@pytest.mark.fault("config")
 @pytest.mark.parametrize(
     ("loss", "mix", "line"),
     [
@@ -177,6 +181,7 @@ def test_a_mistake_in_a_base_is_told_with_the_base(tmp_path: Path) -> None:
     assert caught.value.lines[0].startswith(f"{tmp_path / 'part.yaml'}: optimizer.lr: ")
 
 
+@pytest.mark.fault("hostile config")
 def test_hostile_names_neither_break_nor_hide_the_line() -> None:
     (line,) = _lines({"x\ny\x1b[2J": 1})
     assert line.startswith("evil: x\\ny\\x1b[2J: unknown key")
@@ -405,8 +410,15 @@ def write_weights(kind: str, path: Path) -> None:
         path.write_bytes(b"")
     elif kind == "a folder":
         path.mkdir()
+    elif kind == "a link to a device":
+        path.symlink_to("/dev/zero")
+    elif kind == "an archive that leads away":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("../ran", "x")
+            archive.writestr("archive/data.pkl", pickle.dumps(Evil()))
 
 
+@pytest.mark.fault("hostile weights")
 @pytest.mark.parametrize(
     ("kind", "name", "says"),
     [
@@ -428,6 +440,9 @@ def write_weights(kind: str, path: Path) -> None:
         ("numbers as names", "w.pth", "holds no state dict"),
         ("not a number", "w.pth", "bias holds NaN or infinity"),
         ("a model", "w.pth", "holds more than tensors"),
+        ("a link to a device", "w.pth", "no file "),
+        ("a link to a device", "w.safetensors", "no file "),
+        ("an archive that leads away", "w.pth", "is corrupt, or holds more than tensors"),
         ("code", "w.pth", "holds more than tensors"),
         ("code", "w.safetensors", "is corrupt"),
     ],
@@ -444,7 +459,7 @@ def test_weights_that_do_not_fit_are_one_line_and_run_no_code(
         weights.load_weights(model, path, "student.weights")
     (line,) = caught.value.lines
     assert line.startswith("student.weights: ") and str(path) in line and says in line
-    assert not mark.exists() and torch.equal(model.weight, before)
+    assert not mark.exists() and not (tmp_path.parent / "ran").exists() and torch.equal(model.weight, before)
 
 
 def test_weights_may_be_wrapped_and_may_need_converting(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ VERBS = {
     "doctor": "examines a config before hours are spent on it",
     "export": "takes the student of a finished run away, checked against the run",
     "report": "what runs came to, as one HTML page",
+    "shards": "lists the tar files of a data set that outgrows one disk",
     "schema": "the JSON schema of a config, for editors",
 }
 """Verb to what it does; each is a file here, with ``arguments(parser)`` and ``run(options)``."""
@@ -63,12 +64,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = _parser(verb).parse_intermixed_args(given[1:])
     except SystemExit as end:  # argparse has said what there was to say
         return int(end.code or 0)
+    from ..plugins import load_plugins
     from ..progress import console
 
     console.quiet = options.quiet
     if "" not in sys.path:
         sys.path.append("")  # modules that the command line names may lie here, and come last
     try:
+        load_plugins()
         _import(options.imports)
         import_module(f".{verb}", __package__).run(options)
     except Exception as error:

@@ -12,17 +12,22 @@ import torch
 
 from .augment import ARRAYS_ONLY, FILES_ONLY, Augment, BatchAugment, eval_transform, train_transform
 from .fashion import FASHION_MEAN, FASHION_STD, Arrays, embedded, fashion_mnist
+from .hub import hub_shards
 from .loaders import ArrayLoader, FileLoader, Loader, Normalise, with_targets
 from .outlines import outline
 from .samplers import EpochBatches
+from .shards import Shards, tar_shards
 from .sources import STREAMS, TIMM, Files, Spread, image_folder, timm_dataset
+from .streams import ShardBatches, ShardLoader
 
 __all__ = ["Augment", "Data", "Loader", "load", "with_targets"]
 
+Source = Arrays | Files | Shards
 NAMES = ("fashion-mnist-5k", "fashion-mnist", "folder")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PLAIN = Augment()
 CROP_PCT, INTERPOLATION, SPLITS = 0.875, "bicubic", ("train", "validation")
+BUFFER = 2000
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 
 
@@ -62,14 +67,17 @@ def load(
     crop_pct: float = CROP_PCT,
     interpolation: str = INTERPOLATION,
     splits: tuple[str, str] = SPLITS,
+    classes: int | None = None,
+    shuffle: int = BUFFER,
 ) -> Data:
     """Opens a data set and checks it.
 
     Args:
         name: `fashion-mnist-5k`, the first 5,000 training and 4,000 test images, inside the package; `fashion-mnist`,
             all 70,000, from `root`, a Debian package or a download; `folder`, images in `root/train/<class>/…` and
-            `root/val/<class>/…`, ImageNet for one; or what timm reads: `torch/cifar100`, `hfds/<owner>/<set>`.
-        root: the folder of the data.
+            `root/val/<class>/…`, ImageNet for one; what timm reads: `torch/cifar100`, `hfds/<owner>/<set>`; or what
+            outgrows a disk: `wds/`, tar files and `_info.json` in `root`, `hfids/<owner>/<set>`, streamed from the Hub.
+        root: the folder of the data; of `wds/` an http(s) address too.
         image_size: side of the square images in pixels; the data set's own if it has one, else 224.
         batch_size: images per training batch and process. The last, incomplete global batch of an epoch is dropped.
         eval_batch_size: images per test batch and process. Each test image comes once over all ranks, so the number of
@@ -84,25 +92,34 @@ def load(
         mean, std: of each channel (white is 1); else Fashion-MNIST's, measured (other sets in memory) or ImageNet's.
         crop_pct: test images from files are resized so that a centre crop keeps this share of the shorter side.
         interpolation: with which image files are resized: nearest, bilinear, bicubic, or lanczos.
-        splits: names of the training and test split, where timm reads them.
+        splits: names of the training and test split, of all but Fashion-MNIST and image folders.
+        classes: of `wds/` alone: how many there are, where `_info.json` has no list of them.
+        shuffle: of `wds/` and `hfids/`: images that each worker holds, of which the next one is drawn; the order of
+            shards is drawn besides. 1 keeps the images of a shard in order.
 
     Raises:
         ValueError: an argument, file or folder that is not as expected, with what to do about it.
         FileNotFoundError: a missing file or folder.
     """
     device = torch.device(device)
-    _check(batch_size, eval_batch_size, workers, rank, world_size, image_size, limit, crop_pct, interpolation)
+    _check(batch_size, eval_batch_size, workers, rank, world_size, image_size, limit, crop_pct, interpolation, shuffle)
     if augment.mixes and batch_size % 2:
         raise ValueError(f"batch_size: got {batch_size}, but mixup and cutmix pair images; use an even number")
-    place = None if root is None else Path(root).expanduser()
-    train, test = (outline(name, place) if device.type == "meta" else None) or _open(name, place, splits)
+    streamed = name.startswith(("wds/", "hfids/"))
+    web = name.startswith("wds/") and "://" in str(root)
+    place = None if root is None or web else Path(root).expanduser()
+    train, test = (outline(name, place) if device.type == "meta" else None) or _open(
+        name, root if web else place, splits, classes
+    )
     in_memory = isinstance(train, Arrays)
     unused = [f"augment.{field}" for field in augment.changed(*(FILES_ONLY if in_memory else ARRAYS_ONLY))]
     unused += ["crop_pct"] * (in_memory and crop_pct != CROP_PCT)
     unused += ["interpolation"] * (in_memory and interpolation != INTERPOLATION)
-    unused += ["splits"] * (tuple(splits) != SPLITS and not name.startswith(TIMM))
+    unused += ["splits"] * (tuple(splits) != SPLITS and not name.startswith((*TIMM, *STREAMS)))
+    unused += ["shuffle"] * (shuffle != BUFFER and not streamed) + ["limit"] * (limit is not None and streamed)
+    unused += ["classes"] * (classes is not None and not name.startswith("wds/"))
     if unused:
-        kind = "images in memory" if in_memory else "image files"
+        kind = "images in memory" if in_memory else "shards" if streamed else "image files"
         raise ValueError(f"{unused[0]}: has no effect on {name!r} ({kind}); leave it at its default")
 
     mean, std = _statistics(name, train, mean, std)
@@ -122,20 +139,32 @@ def load(
 
     normalise = Normalise(mean, std, device, image_size)
     part: dict[str, Any] = {"seed": seed, "rank": rank, "world_size": world_size}
-    batches = EpochBatches(len(train), batch_size, train=True, **part)
-    eval_batches = EpochBatches(len(test), eval_batch_size, train=False, **part)
     finish = BatchAugment(augment, len(train.classes), seed=seed, rank=rank, device=device)
     loaders: tuple[Loader, Loader]
     if isinstance(train, Arrays) and isinstance(test, Arrays):
+        batches = EpochBatches(len(train), batch_size, train=True, **part)
+        eval_batches = EpochBatches(len(test), eval_batch_size, train=False, **part)
         loaders = (
             ArrayLoader(train, batches, normalise, device=device, mean=mean, augment=augment, finish=finish),
             ArrayLoader(test, eval_batches, normalise, device=device, mean=mean),
         )
+        return Data(name, train.classes, mean, std, len(mean), image_size, *loaders)
+    assert not isinstance(train, Arrays) and not isinstance(test, Arrays)
+    transform = train_transform(augment, image_size, mean, interpolation)
+    plain = eval_transform(image_size, crop_pct, interpolation)
+    places: dict[str, Any] = {"device": device, "workers": workers}
+    if isinstance(train, Shards) and isinstance(test, Shards):
+        part["workers"] = max(workers, 1)
+        stretches = ShardBatches(train.lengths, batch_size, train=True, buffer=shuffle, **part)
+        eval_stretches = ShardBatches(test.lengths, eval_batch_size, train=False, **part)
+        loaders = (
+            ShardLoader(train, stretches, normalise, transform, finish=finish, **places),
+            ShardLoader(test, eval_stretches, normalise, plain, **places),
+        )
     else:
-        assert not isinstance(train, Arrays) and not isinstance(test, Arrays)
-        transform = train_transform(augment, image_size, mean, interpolation)
-        plain = eval_transform(image_size, crop_pct, interpolation)
-        places: dict[str, Any] = {"device": device, "workers": workers}
+        assert not isinstance(train, Shards) and not isinstance(test, Shards)
+        batches = EpochBatches(len(train), batch_size, train=True, **part)
+        eval_batches = EpochBatches(len(test), eval_batch_size, train=False, **part)
         loaders = (
             FileLoader(train, batches, normalise, transform, finish=finish, **places),
             FileLoader(test, eval_batches, normalise, plain, **places),
@@ -143,7 +172,10 @@ def load(
     return Data(name, train.classes, mean, std, len(mean), image_size, *loaders)
 
 
-def _open(name: str, root: Path | None, splits: tuple[str, str]) -> tuple[Arrays, Arrays] | tuple[Files, Files]:
+def _open(name: str, root: str | Path | None, splits: tuple[str, str], classes: int | None) -> tuple[Source, Source]:
+    if name.startswith("wds/"):
+        return tar_shards(name, root, splits, classes)
+    assert root is None or isinstance(root, Path)
     if name == "fashion-mnist-5k":
         if root is not None:
             raise ValueError(
@@ -154,18 +186,20 @@ def _open(name: str, root: Path | None, splits: tuple[str, str]) -> tuple[Arrays
         return fashion_mnist(root)
     if name == "folder":
         return image_folder(root)
+    if name.startswith("hfids/"):
+        return hub_shards(name, root, splits)
     if name.startswith((*TIMM, *STREAMS)):
         return timm_dataset(name, root, splits)
     near = difflib.get_close_matches(name, NAMES, n=2, cutoff=0.5)
     hint = f"did you mean {' or '.join(repr(word) for word in near)}? " if near else ""
     if os.path.isdir(name):
         hint = f"for the images in that folder write name='folder', root={name!r}; "
-    known = ", ".join((*NAMES, "torch/<set>", "hfds/<owner>/<set>"))
+    known = ", ".join((*NAMES, "torch/<set>", "hfds/<owner>/<set>", "wds/", "hfids/<owner>/<set>"))
     raise ValueError(f"unknown data set {name!r}; {hint}known: {known}")
 
 
 def _statistics(
-    name: str, train: Arrays | Files, mean: tuple[float, ...] | None, std: tuple[float, ...] | None
+    name: str, train: Source, mean: tuple[float, ...] | None, std: tuple[float, ...] | None
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     if (mean is None) != (std is None):
         raise ValueError(f"{'mean' if std is None else 'std'}: given alone; give both mean and std, or neither")
@@ -187,9 +221,10 @@ def _statistics(
     return tuple(means), tuple(max(deviation, 1e-6) for deviation in deviations)
 
 
-def _first(train: Arrays | Files, limit: int) -> Arrays | Files:
+def _first(train: Source, limit: int) -> Source:
     if isinstance(train, Arrays):
         return replace(train, images=train.images[:limit], labels=train.labels[:limit])
+    assert not isinstance(train, Shards)
     return Spread(train, limit)
 
 
@@ -203,12 +238,14 @@ def _check(
     limit: int | None,
     crop_pct: float,
     interpolation: str,
+    shuffle: int,
 ) -> None:
     least = {"batch_size": (batch_size, 1), "eval_batch_size": (eval_batch_size, 1), "workers": (workers, 0)}
     least |= {
         "world_size": (world_size, 1),
         "image_size": (1 if image_size is None else image_size, 1),
         "limit": (1 if limit is None else limit, 1),
+        "shuffle": (shuffle, 1),
     }
     for key, (value, low) in least.items():
         if value < low:

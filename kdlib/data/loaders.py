@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from ..signals import calm
 from .augment import Augment, BatchAugment, crop_flip, crop_flip_draws, rand_augment
 from .fashion import Arrays
-from .samplers import EpochBatches, generator, seeded
+from .samplers import Batches, EpochBatches, generator, seeded
 from .sources import Files, unreadable
 
 
@@ -23,10 +23,12 @@ class Loader(Protocol):
 
     samples: int
     """Images per epoch on this rank."""
-    batches: EpochBatches
-    """Which image comes when."""
     device: torch.device
     """Where batches arrive."""
+
+    @property
+    def batches(self) -> Batches:
+        """Which image comes when."""
 
     def __len__(self) -> int: ...
 

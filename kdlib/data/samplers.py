@@ -10,6 +10,7 @@ import hashlib
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -78,6 +79,24 @@ def shard(images: int, rank: int = 0, world_size: int = 1) -> Tensor:
     return torch.arange(rank, images, world_size)
 
 
+class Batches(Protocol):
+    """Which images come when."""
+
+    images: int
+    """Over all ranks."""
+    batch_size: int
+    seed: int
+    rank: int
+
+    def __len__(self) -> int: ...
+
+    def rows(self, epoch: int, rank: int | None = None) -> tuple[Tensor, ...]:
+        """The image numbers of each batch of an epoch, of this rank or another, int64.
+
+        Only in evaluation may the last be shorter.
+        """
+
+
 class EpochBatches:
     """A batch sampler whose items are `(epoch, image number)`: the data set then knows the epoch without being told.
 
@@ -97,12 +116,14 @@ class EpochBatches:
             return self.images // (self.batch_size * self.world_size)
         return -(-len(range(self.rank, self.images, self.world_size)) // self.batch_size)
 
-    def rows(self, epoch: int) -> tuple[Tensor, ...]:
-        """The image numbers of each batch of an epoch, int64; only in evaluation may the last be shorter."""
+    def rows(self, epoch: int, rank: int | None = None) -> tuple[Tensor, ...]:
+        """See `Batches.rows`."""
+        rank = self.rank if rank is None else rank
         if not self.train:
-            return shard(self.images, self.rank, self.world_size).split(self.batch_size) if len(self) else ()
+            mine = shard(self.images, rank, self.world_size)
+            return mine.split(self.batch_size) if len(mine) else ()
         order = epoch_order(
-            self.images, self.batch_size, seed=self.seed, epoch=epoch, rank=self.rank, world_size=self.world_size
+            self.images, self.batch_size, seed=self.seed, epoch=epoch, rank=rank, world_size=self.world_size
         )
         return order.unbind()
 

@@ -139,7 +139,7 @@ def _same_classes(train: str, train_classes: Sequence[str], test: str, test_clas
 
 
 TIMM = ("torch/", "hfds/")
-STREAMS = ("hfids/", "tfds/", "wds/")
+STREAMS = ("wds/", "hfids/", "tfds/")
 _TRAIN, _TEST = ("train", "training"), ("validation", "val", "valid", "eval", "evaluation", "test")
 
 
@@ -174,7 +174,7 @@ def timm_dataset(name: str, root: Path | None, splits: tuple[str, str]) -> tuple
     """
     if name.startswith(STREAMS):
         raise ValueError(
-            f"data set {name!r} is a stream, which cannot resume exactly and is not supported; use hfds/… instead"
+            f"data set {name!r} is not taken; save it as tar files (kdlib shards) for wds/, or use hfids/… or hfds/…"
         )
     if name in ("torch/image_folder", "torch/folder"):
         raise ValueError(f"data set {name!r}: use name='folder', which checks that train/ and val/ are there")

@@ -29,7 +29,7 @@ class Answers:
 
 @torch.no_grad()
 def answers(opened: Opened) -> Answers:
-    """Runs every model that is there over the test images, all of them on each batch."""
+    """Runs every model that is there over the test images, all of them on each batch; they are sorted by number."""
     labels: list[Tensor] = []
     logits: dict[str, list[Tensor]] = {member.what: [] for member in opened.members if member.net is not None}
     for images, truth in opened.data.test.epoch(0):
@@ -38,17 +38,19 @@ def answers(opened: Opened) -> Answers:
             if member.net is not None:
                 given = member.prepare(images) if member.prepare is not None else images
                 logits[member.what].append(member.net(given).float().cpu())
-    return Answers(torch.cat(labels), {what: torch.cat(parts) for what, parts in logits.items()})
+    order = torch.cat(opened.data.test.batches.rows(0)).argsort()
+    return Answers(torch.cat(labels)[order], {what: torch.cat(parts)[order] for what, parts in logits.items()})
 
 
 def test_images(opened: Opened, places: Sequence[int]) -> dict[int, Tensor]:
-    """Test images by place, uint8 ``(C, H, W)``, their normalisation undone."""
-    wanted, found, passed = set(places), dict[int, Tensor](), 0
+    """Test images by number, uint8 ``(C, H, W)``, their normalisation undone."""
+    wanted, found = set(places), dict[int, Tensor]()
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (opened.data.mean, opened.data.std))
-    for images, _ in opened.data.test.epoch(0) if wanted else ():
-        for place in sorted(p for p in wanted if passed <= p < passed + len(images)):
-            found[place] = ((images[place - passed].cpu() * std + mean) * 255).round().clamp(0, 255).byte()
-        passed += len(images)
+    rows = opened.data.test.batches.rows(0)
+    for (images, _), row in zip(opened.data.test.epoch(0), rows, strict=False) if wanted else ():
+        for at, place in enumerate(row.tolist()):
+            if place in wanted:
+                found[place] = ((images[at].cpu() * std + mean) * 255).round().clamp(0, 255).byte()
         if len(found) == len(wanted):
             break
     return found

@@ -106,6 +106,7 @@ def main(arguments: list[str], folder: str, environment: dict[str, str], limit: 
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     sys.argv = ["run.py"]
+    arguments = arguments + [argument for argument in [os.environ.get("KDLIB_ARGUMENT")] if argument]
     code = launch.main(lambda recipe: (runs.run(recipe), None)[1], Path("recipe.yaml"), arguments)
     sys.stdout.flush()
     sys.exit(code)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
+import os
 import shutil
 import socket
 import tempfile
@@ -21,11 +22,12 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from kdlib.journal import TIMES
+from tests.tars import make_shards
 
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["tests.faults.child"])
-PATIENCE = 60
-"""Seconds after which a run has ended, or hangs."""
+PATIENCE = float(os.environ.get("KDLIB_PATIENCE", "60"))
+"""Seconds after which a run has ended, or hangs; more where the machine is busy with other things."""
 
 RICH = {
     "student": {"name": "fault_toy"},
@@ -78,6 +80,12 @@ FILES: dict[str, Any] = {
 }  # fmt: skip
 """Image files, read by two workers: 6 batches, 2 epochs."""
 
+SHARDS = FILES | {
+    "data": FILES["data"] | {"name": "wds/", "root": "shards", "shuffle": 8},
+    "epochs": 2,
+}
+"""The same from tar files, which can only be read from one end to the other."""
+
 
 class Run:
     """A recipe in a folder of its own, and the processes that were started for it."""
@@ -86,6 +94,8 @@ class Run:
         self.recipe, self.folder = recipe | changes, Path(tempfile.mkdtemp(prefix="kdlib-fault-"))
         (self.folder / "recipe.yaml").write_text(yaml.safe_dump(self.recipe))
         generator = torch.Generator().manual_seed(3)
+        if recipe["data"].get("name") == "wds/":
+            make_shards(self.folder / "shards", {"train": (11, 17, 9), "validation": (5, 8)})
         if recipe["data"].get("name") == "folder":
             for split, count in (("train", 12), ("val", 4)):
                 for number, name in enumerate(("red", "green", "blue")):

@@ -11,7 +11,7 @@ import pytest
 from tests.faults.harness import FILES, RICH, check_as_if_nothing_had_been
 
 
-@pytest.mark.fault("folder")
+@pytest.mark.fault("launch")
 def test_a_second_run_is_refused_while_the_first_goes_on(run: Any) -> None:
     one = run(RICH)
     first = one.start(KDLIB_BREAK="sleep:0.5")
@@ -25,7 +25,7 @@ def test_a_second_run_is_refused_while_the_first_goes_on(run: Any) -> None:
     check_as_if_nothing_had_been(one)
 
 
-@pytest.mark.fault("folder")
+@pytest.mark.fault("launch")
 def test_workers_that_outlive_the_run_do_not_hold_its_folder(run: Any) -> None:
     one = run(FILES)
     first = one.start(KDLIB_BREAK="sleep:1.1")
@@ -36,14 +36,14 @@ def test_workers_that_outlive_the_run_do_not_hold_its_folder(run: Any) -> None:
     check_as_if_nothing_had_been(one)
 
 
-@pytest.mark.fault("folder")
+@pytest.mark.fault("launch")
 def test_copies_that_do_not_know_of_each_other_are_refused(run: Any) -> None:
     one = run(RICH)
     said = one.go(code=2, WORLD_SIZE="2")
     assert "launch: 2 processes were started, but each runs alone" in said and not one.output.exists()
 
 
-@pytest.mark.fault("folder")
+@pytest.mark.fault("launch")
 def test_a_run_of_another_config_is_left_alone(run: Any) -> None:
     one = run(RICH)
     one.go(KDLIB_FAULT="step:3", code=-9)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tests.conftest import ROOT
-from tests.faults.conftest import GROUPS
+from tests.matrix import GROUPS
 
 
 def test_the_page_has_the_table() -> None:
@@ -12,4 +12,4 @@ def test_the_page_has_the_table() -> None:
     total = sum(least for least, _ in GROUPS.values())
     expected = [f"| {group} | {least} | {what} |" for group, (least, what) in GROUPS.items()]
     assert rows == [*expected, f"| all | {total} | |"]
-    assert f"{total} faults" in page
+    assert f"{total} cases" in page

@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import time
 from typing import Any
 
 import pytest
 
 from kdlib.data.samplers import epoch_order
-from tests.faults.harness import RICH, Run, check_as_if_nothing_had_been
+from tests.faults.harness import PATIENCE, RICH, Run, check_as_if_nothing_had_been
 
 SAID = ("said", "said1")
-QUICK = 60
-"""Seconds within which a job ends when it loses a process."""
+QUICK = PATIENCE
+"""Seconds within which a job ends when it loses a process: a minute."""
 
 
 def end(one: Run, job: list[Any], *codes: int) -> list[str]:
@@ -25,7 +26,7 @@ def end(one: Run, job: list[Any], *codes: int) -> list[str]:
     return said
 
 
-@pytest.mark.fault("ranks")
+@pytest.mark.fault("launch")
 @pytest.mark.parametrize("point", ["step:3", "batch:8", "save.tensors:2"])
 def test_one_process_is_killed(point: str, run: Any) -> None:
     one = run(RICH)
@@ -37,7 +38,7 @@ def test_one_process_is_killed(point: str, run: Any) -> None:
     check_as_if_nothing_had_been(one, ranks=2)
 
 
-@pytest.mark.fault("ranks")
+@pytest.mark.fault("kill")
 @pytest.mark.parametrize("points", [("step:2", "step:2"), ("log:3", "evaluate:1")])
 def test_both_are_killed(points: tuple[str, str], run: Any) -> None:
     one = run(RICH)
@@ -49,7 +50,7 @@ def test_both_are_killed(points: tuple[str, str], run: Any) -> None:
     check_as_if_nothing_had_been(one, ranks=2)
 
 
-@pytest.mark.fault("ranks")
+@pytest.mark.fault("signal")
 @pytest.mark.parametrize("asked", [(0,), (1,), (0, 1)])
 def test_a_signal_to_any_process_stops_all_of_them_at_one_step(asked: tuple[int, ...], run: Any) -> None:
     one = run(RICH)
@@ -60,7 +61,7 @@ def test_a_signal_to_any_process_stops_all_of_them_at_one_step(asked: tuple[int,
     check_as_if_nothing_had_been(one, ranks=2)
 
 
-@pytest.mark.fault("ranks")
+@pytest.mark.fault("numbers")
 @pytest.mark.parametrize("policy", ["stop", "skip"])
 def test_numbers_that_go_wrong_on_one(policy: str, run: Any) -> None:
     one = run(RICH, on_nonfinite=policy)
@@ -71,7 +72,7 @@ def test_numbers_that_go_wrong_on_one(policy: str, run: Any) -> None:
     assert entry["images"] == epoch_order(100, 8, seed=0, epoch=0, rank=1, world_size=2)[2].tolist()
 
 
-@pytest.mark.fault("ranks")
+@pytest.mark.fault("launch")
 def test_another_number_of_processes_is_refused(run: Any) -> None:
     one = run(RICH)
     end(one, one.start_two(of={rank: {"KDLIB_FAULT": "step:3"} for rank in (0, 1)}), -9, -9)
@@ -81,7 +82,7 @@ def test_another_number_of_processes_is_refused(run: Any) -> None:
     check_as_if_nothing_had_been(one, ranks=2)
 
 
-@pytest.mark.fault("ranks")
+@pytest.mark.fault("disk")
 def test_a_disk_that_is_full_ends_both(run: Any) -> None:
     one = run(RICH)
     said = end(one, one.start_two(limit=20_000), 1, 1)
@@ -90,7 +91,7 @@ def test_a_disk_that_is_full_ends_both(run: Any) -> None:
     check_as_if_nothing_had_been(one, ranks=2)
 
 
-@pytest.mark.fault("ranks")
+@pytest.mark.fault("launch")
 def test_a_second_job_in_the_folder_is_refused(run: Any) -> None:
     one = run(RICH)
     first = one.start_two(KDLIB_BREAK="sleep:0.5")
@@ -103,3 +104,31 @@ def test_a_second_job_in_the_folder_is_refused(run: Any) -> None:
         process.join()
     end(one, one.start_two(), 0, 0)
     check_as_if_nothing_had_been(one, ranks=2)
+
+
+@pytest.mark.fault("launch")
+@pytest.mark.parametrize("change", ["seed=1", "optimizer.lr=0.01"])
+def test_ranks_that_disagree_are_refused(change: str, run: Any) -> None:
+    one = run(RICH)
+    job = one.start_two("threads=1", of={0: {}, 1: {"KDLIB_ARGUMENT": change}})
+    said = end(one, job, 2, 2)
+    key = change.partition("=")[0].partition(".")[0]
+    assert (
+        f"launch: process 1 was started with another {key} (" in said[0] and "start all with the same config" in said[1]
+    )
+    assert not one.output.exists()
+    end(one, one.start_two(), 0, 0)
+    check_as_if_nothing_had_been(one, ranks=2)
+
+
+@pytest.mark.fault("launch")
+def test_a_port_that_is_taken_is_one_line(run: Any) -> None:
+    one = run(RICH)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        group = {"ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        said = one.go(code=1, WORLD_SIZE="2", RANK="0", LOCAL_RANK="0", **group)
+    last = said.strip().splitlines()[-1]
+    assert "launch: the processes cannot meet (" in last and "Traceback" not in said, said

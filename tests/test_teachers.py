@@ -1,0 +1,89 @@
+"""The teacher is the one that the config names: its file, its shape, its classes, what it is shown."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+
+from kdlib import launch
+from kdlib.recipe.weights import digest
+
+RECIPE = """
+student: {name: test_resnet}
+teachers: {wide: {name: test_resnet, weights: wide.safetensors}}
+terms: {soft: {loss: soft_target, teacher: wide}}
+data: {limit: 64, batch_size: 16}
+epochs: 1
+trackers: []
+"""
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "r.yaml").write_text(RECIPE)
+    torch.manual_seed(0)
+    save_file(timm.create_model("test_resnet", in_chans=1, num_classes=10).state_dict(), "wide.safetensors")
+    return tmp_path
+
+
+def dry_run(*arguments: str) -> int:
+    return launch.main(lambda recipe: None, Path("r.yaml"), ["r.yaml", "--dry-run", *arguments])
+
+
+def changed(change: Any) -> None:
+    state = load_file("wide.safetensors")
+    change(state)
+    save_file(state, "wide.safetensors")
+
+
+def other_architecture() -> None:
+    save_file(timm.create_model("test_vit", in_chans=1, num_classes=10).state_dict(), "wide.safetensors")
+
+
+def nothing() -> None: ...
+
+
+WRONG: dict[str, tuple[Any, list[str], str]] = {
+    "another file": (nothing, ["teachers.wide.sha256=0123abcd"], "is not the file that sha256 names ("),
+    "another file, whole": (nothing, [f"teachers.wide.sha256={'f' * 64}"], "is not the file that sha256 names ("),
+    "no digest": (nothing, ["teachers.wide.sha256=xyz"], "teachers.wide.sha256: "),
+    "another architecture": (other_architecture, [], "holds another model: "),
+    "a tensor is missing": (lambda: changed(lambda s: s.pop("conv1.0.weight", s.popitem())), [], "are missing"),
+    "a tensor too many": (lambda: changed(lambda s: s.update(more=torch.ones(1))), [], "1 are unknown (first 'more')"),
+    "other classes in the file": (
+        lambda: changed(lambda s: s.update({k: s[k][:7].clone() for k in ("fc.weight", "fc.bias")})), [],
+        "fc.weight is (7, ",
+    ),
+    "other classes in the config": (
+        lambda: changed(lambda s: s.update({k: s[k][:7].clone() for k in ("fc.weight", "fc.bias")})),
+        ["teachers.wide.num_classes=7"], "teachers.wide.num_classes: the student and the data have 10 classes (got 7)",
+    ),
+    "a mean alone": (nothing, ["teachers.wide.mean=[0.5]"], "mean and std belong together"),
+    "the mean of three channels": (
+        nothing, ["teachers.wide.mean=[0.5,0.5,0.5]", "teachers.wide.std=[0.5,0.5,0.5]"], "need 1 numbers each"
+    ),
+    "numbers that are none": (
+        lambda: changed(lambda s: s["fc.bias"].fill_(float("nan"))), [], "fc.bias holds NaN or infinity"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.fault("teacher")
+@pytest.mark.parametrize("what", WRONG)
+def test_another_teacher_is_refused_by_name(what: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spoil, arguments, says = WRONG[what]
+    spoil()
+    assert dry_run(*arguments) == 2
+    said = capsys.readouterr().err
+    assert says in said and "teachers.wide" in said and "Traceback" not in said and said.count("\n") == 1
+
+
+def test_the_right_one_is_taken(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert dry_run() == 0
+    assert dry_run(f"teachers.wide.sha256={digest(place / 'wide.safetensors')}") == 0, capsys.readouterr().err
