@@ -18,6 +18,7 @@ from .data import Loader
 from .data.samplers import EpochBatches, epoch_order
 from .journal import GRADIENT, LOSS, Row
 from .progress import say
+from .sharding import local
 
 POLICIES = ("stop", "skip", "rollback")
 LIMIT = 50
@@ -172,7 +173,8 @@ class Shield:
             return
         state = [value for held in self.optimizer.state.values() for value in held.values()]
         tensors = [*self.module.parameters(), *self.module.buffers(), *state]
-        self.kept = [(tensor, tensor.clone()) for tensor in tensors if isinstance(tensor, Tensor)]
+        parts = [local(tensor) for tensor in tensors if isinstance(tensor, Tensor)]
+        self.kept = [(part, part.clone()) for part in parts]
         self.bad = torch.zeros((), device=self.accelerator.device)
 
     def see(self, row: Tensor) -> None:
@@ -187,7 +189,8 @@ class Shield:
         self.good = self.accelerator.reduce(self.bad, reduction="sum") == 0
         for parameter in self.module.parameters():
             if parameter.grad is not None:
-                parameter.grad.copy_(torch.where(self.good, parameter.grad, 0.0))
+                gradient = local(parameter.grad)
+                gradient.copy_(torch.where(self.good, gradient, 0.0))
 
     @torch.no_grad()
     def settle(self) -> None:
