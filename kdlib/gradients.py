@@ -55,6 +55,6 @@ def mean_by_term(
     """``by_term`` over the parameters ``of`` a part of the distiller, mean over processes; nothing moves on by it."""
     alone = unchanged([distiller], accelerator.device, gradients=False)
     with alone, sharding.gathered(distiller), accelerator.autocast():
-        norms = by_term(distiller, images, targets, of.parameters())
+        norms = by_term(distiller, images, targets, list(of.parameters()))  # now, while they are whole
     mean = accelerator.reduce(torch.stack(list(norms.values())), reduction="mean").tolist()
     return dict(zip(norms, mean, strict=True))

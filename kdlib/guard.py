@@ -91,8 +91,12 @@ class Guard:
     term is, is first met again from the last checkpoint on, to see whose it is.
     """
 
-    def __init__(self, policy: str, folder: Path, title: str, data: Loader, accumulate: int) -> None:
+    def __init__(
+        self, policy: str, folder: Path, title: str, data: Loader, accumulate: int, main: bool = True
+    ) -> None:
         assert policy in POLICIES, policy
+        self.main = main
+        """Whether this process writes down what all of them saw."""
         self.policy, self.folder, self.title, self.data, self.accumulate = policy, folder, title, data, accumulate
         self.suspect: tuple[int, int] | None = None
         """Epoch and first batch of the step at which each term's gradient is looked at by itself."""
@@ -123,7 +127,9 @@ class Guard:
         return not known
 
     def report(self, bad: NotFinite) -> None:
-        """Says it, and adds it to ``nonfinite.json``, once."""
+        """Says it, and adds it to ``nonfinite.json``, once; on the main process."""
+        if not self.main:
+            return
         step = self.step(bad)
         entry = {
             "step": step,

@@ -31,6 +31,8 @@ from .train import Training
 
 AS_THEY_ARE = ("epochs", "accumulate", "channels_last", "log_every", "log_gradients", "eval_every", "save_every")
 """Keys of a recipe that ``Training`` takes as they are."""
+FOREIGN = {"DEEPSPEED": "DeepSpeed", "MEGATRON_LM": "Megatron-LM"}
+"""What accelerate launches and kdlib does not take: by its variable, and by name."""
 LAUNCHES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
 
 
@@ -60,6 +62,9 @@ def start(recipe: Recipe) -> Accelerator:
         ConfigError: the launcher started several processes that do not know of each other, or a precision that this
             device does not have.
     """
+    for kind, name in FOREIGN.items():
+        if os.environ.get(f"ACCELERATE_USE_{kind}", "false").lower() == "true":
+            raise ConfigError([f"launch: {name} is not taken; launch with --use_fsdp --fsdp_version 2, which shards too"])
     try:
         accelerator = Accelerator(mixed_precision="no" if recipe.precision == "none" else recipe.precision)
     except ValueError as error:
@@ -75,7 +80,7 @@ def start(recipe: Recipe) -> Accelerator:
         )
     if accelerator.distributed_type not in LAUNCHES:
         kind = accelerator.distributed_type.value
-        raise ConfigError([f"launch: {kind} is not taken; start with torchrun, DDP or FSDP2 (docs/distributed.md)"])
+        raise ConfigError([f"launch: {kind} is not taken; launch DDP or FSDP2 (docs/distributed.md)"])
     try:
         sharding.begin(accelerator)
     except ValueError as error:

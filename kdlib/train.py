@@ -85,7 +85,7 @@ class Training:
         self.main = self.accelerator.is_main_process
         images = self.data.train.batches.images
         self.state = State(self.folder, self.accelerator, self.distiller, self.optimizer, images, self.ema)
-        self.guard = Guard(self.on_nonfinite, self.folder, self.title, self.data.train, self.accumulate)
+        self.guard = Guard(self.on_nonfinite, self.folder, self.title, self.data.train, self.accumulate, self.main)
         self.journal = Journal(self.folder, self.accelerator, self.data.train, self.accumulate, self.guard.look)
         self.shield = Shield(self.distiller, self.optimizer, self.accelerator, on=self.on_nonfinite == "skip")
         with losses_told(), listen() as self.asked:
