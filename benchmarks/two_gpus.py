@@ -35,8 +35,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import kdlib as kd
 from kdlib import config, evaluation, progress, recipe, runs, sharding
@@ -63,8 +62,8 @@ def work(kind: str, precision: str, cpu: bool, folder: Path) -> None:
     """All measurements of one kind of launch in one precision; the main process writes them into ``folder``."""
     torch.set_num_threads(1 if cpu else 4)
     progress.console.quiet = True
-    document = config.read([str(folder / "recipe.yaml"), f"precision={precision}", f"output={folder / kind}"])
-    told = recipe.load(document)
+    changes = [f"precision={precision}", f"output={folder / kind}", f"data.batch_size={64 // KINDS[kind][0]}"]
+    told = recipe.load(config.read([str(folder / "recipe.yaml"), *changes, *(["data.limit=203"] if cpu else [])]))
     place = runs.start(told)
     found: dict[str, Any] = {"launch": place.distributed_type.value, "backend": place.state.backend}
     for name, reverse in (("weights", False), ("reordered", True))[: 2 if kind == "one" else 1]:
@@ -72,8 +71,6 @@ def work(kind: str, precision: str, cpu: bool, folder: Path) -> None:
         if place.is_main_process:
             torch.save(weights, folder / f"{kind}-{precision}-{name}.pt")
     if precision == "none":
-        if kind == "one":  # as many images a step as both have together
-            told = told.model_copy(update={"data": told.data.model_copy(update={"batch_size": 64})})
         outcome = runs.run(told, place)
         found |= {"top1": outcome.result["top1"], "test_loss": outcome.result["test_loss"]}
         again = evaluation.evaluate(outcome.student, outcome.data.test, place)
@@ -134,7 +131,7 @@ def step(place: accelerate.Accelerator, engine: Any, ask: kd.Teacher, images: Te
 
 def train(place: accelerate.Accelerator, cpu: bool, reverse: bool, found: dict[str, Any]) -> dict[str, Tensor]:
     """The whole weights after some steps, each process with its part of the same batches."""
-    steps, batch = (4, 8) if cpu else (10, 64)
+    steps, batch = (4, 4) if cpu else (10, 64)
     distiller, ask, side = build(cpu, place.device, every_kind)
     before = {name: p.detach().cpu().clone() for name, p in distiller.named_parameters()}
     engine, optimizer = prepare(place, distiller, torch.optim.SGD(distiller.parameters(), lr=0.01, momentum=0.9))
@@ -200,7 +197,11 @@ def launch(kind: str, precision: str, cpu: bool, folder: Path) -> dict[str, Any]
     for rank in range(world):
         seat = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world} if world > 1 else {}
         jobs.append(subprocess.Popen(command, env=shared | {name: str(value) for name, value in seat.items()}))
-    if any([job.wait() for job in jobs]):
+    while None in (codes := [job.poll() for job in jobs]) and not any(codes):
+        time.sleep(0.2)
+    if any(codes):  # the other one would wait for it
+        for job in jobs:
+            job.kill()
         raise SystemExit(f"{kind} in {precision} failed; its processes say why above")
     found: dict[str, Any] = json.loads((folder / f"{kind}-{precision}.json").read_text())
     return found
@@ -222,9 +223,10 @@ def compare(precision: str, found: dict[str, dict[str, Any]], folder: Path) -> d
         row["ok"] = row["difference"] <= ROUNDING * rounding
         if precision == "none":
             row["run_difference"] = furthest(load_file(trained[kind]), load_file(trained["one"]))
-            row["counted_once"] = max(
-                abs(found[kind]["again"][name] - found[kind][name]) for name in ("top1", "test_loss")
-            ) < 1e-3 and abs(row["test_loss"] - rows["one"]["test_loss"]) < 1e-3
+            row["counted_once"] = (
+                max(abs(found[kind]["again"][name] - found[kind][name]) for name in ("top1", "test_loss")) < 1e-3
+                and abs(row["test_loss"] - rows["one"]["test_loss"]) < 1e-3
+            )
             row["ok"] &= row["counted_once"] and row["run_difference"] < 1e-3
         if "images_per_second" in row:
             base = KINDS[kind][0] * rows["one"]["images_per_second"]

@@ -91,9 +91,7 @@ class Guard:
     term is, is first met again from the last checkpoint on, to see whose it is.
     """
 
-    def __init__(
-        self, policy: str, folder: Path, title: str, data: Loader, accumulate: int, main: bool = True
-    ) -> None:
+    def __init__(self, policy: str, folder: Path, title: str, data: Loader, accumulate: int, main: bool = True) -> None:
         assert policy in POLICIES, policy
         self.main = main
         """Whether this process writes down what all of them saw."""

@@ -64,7 +64,9 @@ def start(recipe: Recipe) -> Accelerator:
     """
     for kind, name in FOREIGN.items():
         if os.environ.get(f"ACCELERATE_USE_{kind}", "false").lower() == "true":
-            raise ConfigError([f"launch: {name} is not taken; launch with --use_fsdp --fsdp_version 2, which shards too"])
+            raise ConfigError(
+                [f"launch: {name} is not taken; launch with --use_fsdp --fsdp_version 2, which shards too"]
+            )
     try:
         accelerator = Accelerator(mixed_precision="no" if recipe.precision == "none" else recipe.precision)
     except ValueError as error:
@@ -277,9 +279,7 @@ def _make(ready: Ready, accelerator: Accelerator) -> Outcome:
     return outcome
 
 
-def _train(
-    ready: Ready, accelerator: Accelerator
-) -> tuple[dict[str, float], torch.nn.Module, torch.nn.Module | None]:
+def _train(ready: Ready, accelerator: Accelerator) -> tuple[dict[str, float], torch.nn.Module, torch.nn.Module | None]:
     """The last evaluation, the trained student, and its moving average where there is one."""
     recipe, terms, data, panel = ready.recipe, ready.plan.terms, ready.data, ready.panel
     set_seed(recipe.seed, device_specific=True)  # what was drawn above depends on what was there already

@@ -89,8 +89,8 @@ def _check(distiller: Distiller, optimizer: torch.optim.Optimizer) -> None:
             part, _, inside = name.partition(".")
             whose = f"term {inside.partition('.')[0]!r}" if part in ("losses", "adapters") else "the student"
             raise ValueError(
-                f"launch: FSDP2 cannot shard {name} of {whose}, a parameter without dimensions; give it the shape (1,), "
-                "or launch DDP"
+                f"launch: FSDP2 cannot shard {name} of {whose}, a parameter without dimensions; give it the shape "
+                "(1,), or launch DDP"
             )
     if type(optimizer).__name__ not in OPTIMIZERS:
         raise ValueError(
@@ -197,7 +197,9 @@ def pieces(tensor: Tensor, like: Tensor) -> Tensor:
 def load_module(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     """``load_state_dict`` of whole tensors."""
     like = module.state_dict()
-    module.load_state_dict({name: pieces(value, like[name]) if name in like else value for name, value in state.items()})
+    module.load_state_dict(
+        {name: pieces(value, like[name]) if name in like else value for name, value in state.items()}
+    )
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""FSDP2 over two gloo processes: what one process computes, and a run's files and resumption, with every part sharded."""
+"""FSDP2 over two gloo processes: what one process computes, the files that DDP leaves, exact resumption."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -81,9 +80,8 @@ SCRIPT = textwrap.dedent(
                 accelerator.backward(engine(*batch).loss)
                 told["norms"].append(gradients.norm(accelerator, distiller, 1.0 if step else None))
                 if accelerator.sync_gradients:
-                    told["gradients"].append(
-                        [torch.zeros(()) if p.grad is None else sharding.full(p.grad).clone() for p in distiller.parameters()]
-                    )
+                    found = [p.grad for p in distiller.parameters()]
+                    told["gradients"].append([torch.zeros(()) if g is None else sharding.full(g).clone() for g in found])
                 prepared.step()
                 prepared.zero_grad()
         with torch.no_grad():
@@ -216,7 +214,9 @@ def check_alike(sharded: Run, whole: Run) -> None:
     assert {n: (t.shape, t.dtype) for n, t in found.items()} == {n: (t.shape, t.dtype) for n, t in expected.items()}
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
     for file in ours["weights"]:
-        torch.testing.assert_close(load_file(sharded.output / file), load_file(whole.output / file), rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(
+            load_file(sharded.output / file), load_file(whole.output / file), rtol=1e-3, atol=1e-5
+        )
     assert ours["result"] == pytest.approx(theirs["result"], rel=1e-4)
     for mine, hers in zip(ours["lines"], theirs["lines"], strict=True):
         assert mine.get("gradient_shares", {}) == pytest.approx(hers.get("gradient_shares", {}), rel=1e-3, abs=1e-6)
@@ -226,7 +226,7 @@ def check_alike(sharded: Run, whole: Run) -> None:
 
 @pytest.mark.parametrize("kind", ["rich", "memory"])
 def test_a_run_leaves_what_it_leaves_under_ddp(kind: str, run: Any) -> None:
-    """Clipping, accumulation, EMA, an adapter that falls silent, a learned loss; a memory of every image, a bad step."""
+    """Clipping, accumulation, EMA, an adapter that falls silent, a learned loss; a memory of images and bad steps."""
     # Adam would make steps of what rounding leaves of a gradient that is zero, that of the bias before the batch norm
     sgd = {"optimizer": {"name": "sgd", "lr": 0.05, "momentum": 0.9, "clip_grad": 1.0}}
     if kind == "rich":
@@ -272,8 +272,16 @@ def test_a_gradient_that_is_not_finite_is_blamed_on_its_term(policy: str, run: A
 
 
 REFUSED = {
-    "version": (SHARDED | {"FSDP_VERSION": "1"}, {}, "launch: FSDP of version 1 is not taken; launch with --fsdp_version 2"),
-    "again": (SHARDED | {"FSDP_ACTIVATION_CHECKPOINTING": "true"}, {}, "launch: FSDP2 is taken without activation chec"),
+    "version": (
+        SHARDED | {"FSDP_VERSION": "1"},
+        {},
+        "launch: FSDP of version 1 is not taken; launch with --fsdp_version 2",
+    ),
+    "again": (
+        SHARDED | {"FSDP_ACTIVATION_CHECKPOINTING": "true"},
+        {},
+        "launch: FSDP2 is taken without activation chec",
+    ),
     "offload": (SHARDED | {"FSDP_OFFLOAD_PARAMS": "true"}, {}, "launch: FSDP2 is taken without parameters on the CPU"),
     "optimizer": (SHARDED, {"optimizer": {"name": "muon"}}, "launch: FSDP2 was not tried with the optimizer Muon"),
     "deepspeed": ({"ACCELERATE_USE_DEEPSPEED": "true"}, {}, "launch: DeepSpeed is not taken; launch with --use_fsdp"),
@@ -302,5 +310,7 @@ def test_a_parameter_without_dimensions_is_refused_by_its_term() -> None:
 
     distiller = kd.Distiller(torch.nn.Linear(2, 2), [kd.Term("mine", Scaled())])
     optimizer = torch.optim.SGD(distiller.parameters(), lr=0.1)
-    with pytest.raises(ValueError, match=r"cannot shard losses.mine.scale of term 'mine', a parameter without dimensions"):
+    with pytest.raises(
+        ValueError, match=r"cannot shard losses.mine.scale of term 'mine', a parameter without dimensions"
+    ):
         sharding.shard(None, distiller, optimizer)  # type: ignore[arg-type]
