@@ -81,7 +81,7 @@ SCRIPT = textwrap.dedent(
                 told["norms"].append(gradients.norm(accelerator, distiller, 1.0 if step else None))
                 if accelerator.sync_gradients:
                     found = [p.grad for p in distiller.parameters()]
-                    told["gradients"].append([torch.zeros(()) if g is None else sharding.full(g).clone() for g in found])
+                    told["gradients"].append([torch.zeros(()) if g is None else sharding.full(g) for g in found])
                 prepared.step()
                 prepared.zero_grad()
         with torch.no_grad():
