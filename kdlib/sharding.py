@@ -61,11 +61,7 @@ def shard(
     All begin as the main process. The optimizer, which has no state yet, gets the pieces in place of the whole. The
     moving average is sharded at the same places. Parameters are gathered in float32: precision is autocast's, as under
     DDP.
-
-    Raises:
-        ValueError: a parameter without dimensions, which FSDP2 cannot shard, or an optimizer that was not tried.
     """
-    _check(distiller, optimizer)
     parts, blocks = [distiller] + ([] if ema is None else [ema.module]), _blocks(accelerator, distiller.student)
     with torch.no_grad():
         for part in parts:
@@ -83,7 +79,12 @@ def shard(
         ema.foreach = False  # its fused update wants a list of one kind, and buffers are whole
 
 
-def _check(distiller: Distiller, optimizer: torch.optim.Optimizer) -> None:
+def check(distiller: Distiller, optimizer: torch.optim.Optimizer) -> None:
+    """Whether they can be sharded; asks no other process.
+
+    Raises:
+        ValueError: a parameter without dimensions, which FSDP2 cannot shard, or an optimizer that was not tried.
+    """
     for name, parameter in distiller.named_parameters():
         if parameter.ndim == 0:
             part, _, inside = name.partition(".")

@@ -82,7 +82,9 @@ class Training:
             OSError: a disk, a worker or another process failed; the last checkpoint is whole.
         """
         self.batches = len(self.data.train) // self.accumulate * self.accumulate
-        self.main = self.accelerator.is_main_process
+        self.main, self.sharded = self.accelerator.is_main_process, self.accelerator.is_fsdp2
+        if self.sharded:
+            sharding.check(self.distiller, self.optimizer)
         images = self.data.train.batches.images
         self.state = State(self.folder, self.accelerator, self.distiller, self.optimizer, images, self.ema)
         self.guard = Guard(self.on_nonfinite, self.folder, self.title, self.data.train, self.accumulate, self.main)
@@ -106,7 +108,6 @@ class Training:
 
     def _begin(self) -> None:
         """Puts the run where it goes on, and everything into its place for the first step."""
-        self.sharded = self.accelerator.is_fsdp2
         if self.sharded:
             sharding.shard(self.accelerator, self.distiller, self.optimizer, self.ema)
         self.engine, self.prepared = self.accelerator.prepare(self.distiller, self.optimizer)
