@@ -120,15 +120,16 @@ def load(folder: Path, step: int) -> dict[str, Any]:
     return state
 
 
-def save_weights(model: nn.Module, path: Path) -> None:
+def save_weights(model: nn.Module | Mapping[str, Tensor], path: Path) -> None:
     """A model's state dict as safetensors, moved into place whole.
 
     Raises:
         OSError: it cannot be written; what was there before is untouched, and no draft stays.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    weights = model.state_dict() if isinstance(model, nn.Module) else model
     with whole(path) as draft:
-        _save_file({name: _plain(tensor) for name, tensor in model.state_dict().items()}, draft)
+        _save_file({name: _plain(tensor) for name, tensor in weights.items()}, draft)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -201,7 +201,11 @@ class Distiller(nn.Module):
         asked = getattr(self.student, "no_weight_decay", None)
         return {f"student.{name}" for name in asked()} if callable(asked) else set()
 
-    def forward(self, images: Tensor, targets: Mapping[str, Tensor]) -> Distilled:
+    def forward(self, images: Tensor, targets: Mapping[str, Tensor] | None) -> Distilled:
+        """One step; with targets None only the student answers, and the loss is zero."""
+        if targets is None:
+            logits = _logits(self.student(images), "student")
+            return Distilled(logits.new_zeros(()), logits, {})
         logits, values = self.values(images, targets)
         total = logits.new_zeros((), dtype=torch.float32)
         for i, value in zip(self._live, values.values(), strict=True):

@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from . import sharding
 from .compiling import unchanged
 from .distiller import Distiller
 
@@ -21,9 +22,10 @@ def norm(accelerator: Accelerator, module: nn.Module, clip: float | None) -> Ten
         return torch.zeros((), device=accelerator.device)
     if clip is not None:
         found: Tensor = accelerator.clip_grad_norm_(module.parameters(), clip)
-        return found
-    accelerator.unscale_gradients()
-    return torch.nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
+    else:
+        accelerator.unscale_gradients()
+        found = torch.nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
+    return sharding.full(found)
 
 
 def by_term(
@@ -51,7 +53,8 @@ def mean_by_term(
     accelerator: Accelerator, distiller: Distiller, images: Tensor, targets: Mapping[str, Tensor], of: nn.Module
 ) -> dict[str, float]:
     """``by_term`` over the parameters ``of`` a part of the distiller, mean over processes; nothing moves on by it."""
-    with unchanged([distiller], accelerator.device, gradients=False), accelerator.autocast():
-        norms = by_term(distiller, images, targets, of.parameters())
+    alone = unchanged([distiller], accelerator.device, gradients=False)
+    with alone, sharding.gathered(distiller), accelerator.autocast():
+        norms = by_term(distiller, images, targets, list(of.parameters()))  # now, while they are whole
     mean = accelerator.reduce(torch.stack(list(norms.values())), reduction="mean").tolist()
     return dict(zip(norms, mean, strict=True))

@@ -18,6 +18,7 @@ from .data import Loader
 from .data.samplers import Batches
 from .journal import GRADIENT, LOSS, Row
 from .progress import say
+from .sharding import local
 
 POLICIES = ("stop", "skip", "rollback")
 LIMIT = 50
@@ -83,8 +84,10 @@ class Guard:
     term is, is first met again from the last checkpoint on, to see whose it is.
     """
 
-    def __init__(self, policy: str, folder: Path, title: str, data: Loader, accumulate: int) -> None:
+    def __init__(self, policy: str, folder: Path, title: str, data: Loader, accumulate: int, main: bool = True) -> None:
         assert policy in POLICIES, policy
+        self.main = main
+        """Whether this process writes down what all of them saw."""
         self.policy, self.folder, self.title, self.data, self.accumulate = policy, folder, title, data, accumulate
         self.suspect: tuple[int, int] | None = None
         """Epoch and first batch of the step at which each term's gradient is looked at by itself."""
@@ -115,7 +118,9 @@ class Guard:
         return not known
 
     def report(self, bad: NotFinite) -> None:
-        """Says it, and adds it to ``nonfinite.json``, once."""
+        """Says it, and adds it to ``nonfinite.json``, once; on the main process."""
+        if not self.main:
+            return
         step = self.step(bad)
         entry = {
             "step": step,
@@ -165,7 +170,8 @@ class Shield:
             return
         state = [value for held in self.optimizer.state.values() for value in held.values()]
         tensors = [*self.module.parameters(), *self.module.buffers(), *state]
-        self.kept = [(tensor, tensor.clone()) for tensor in tensors if isinstance(tensor, Tensor)]
+        parts = [local(tensor) for tensor in tensors if isinstance(tensor, Tensor)]
+        self.kept = [(part, part.clone()) for part in parts]
         self.bad = torch.zeros((), device=self.accelerator.device)
 
     def see(self, row: Tensor) -> None:
@@ -180,7 +186,8 @@ class Shield:
         self.good = self.accelerator.reduce(self.bad, reduction="sum") == 0
         for parameter in self.module.parameters():
             if parameter.grad is not None:
-                parameter.grad.copy_(torch.where(self.good, parameter.grad, 0.0))
+                gradient = local(parameter.grad)
+                gradient.copy_(torch.where(self.good, gradient, 0.0))
 
     @torch.no_grad()
     def settle(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
@@ -16,7 +17,7 @@ from accelerate.utils import set_seed
 from timm.utils import ModelEmaV3
 from torch import Tensor
 
-from . import faults, runfolder, tracking
+from . import faults, runfolder, sharding, tracking
 from .config import ConfigError
 from .data import Data
 from .distiller import Distiller, Panel, Teacher
@@ -30,6 +31,9 @@ from .train import Training
 
 AS_THEY_ARE = ("epochs", "accumulate", "channels_last", "log_every", "log_gradients", "eval_every", "save_every")
 """Keys of a recipe that ``Training`` takes as they are."""
+FOREIGN = {"DEEPSPEED": "DeepSpeed", "MEGATRON_LM": "Megatron-LM"}
+"""What accelerate launches and kdlib does not take: by its variable, and by name."""
+LAUNCHES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
 
 
 @dataclass
@@ -58,6 +62,11 @@ def start(recipe: Recipe) -> Accelerator:
         ConfigError: the launcher started several processes that do not know of each other, or a precision that this
             device does not have.
     """
+    for kind, name in FOREIGN.items():
+        if os.environ.get(f"ACCELERATE_USE_{kind}", "false").lower() == "true":
+            raise ConfigError(
+                [f"launch: {name} is not taken; launch with --use_fsdp --fsdp_version 2, which shards too"]
+            )
     try:
         accelerator = Accelerator(mixed_precision="no" if recipe.precision == "none" else recipe.precision)
     except ValueError as error:
@@ -73,9 +82,13 @@ def start(recipe: Recipe) -> Accelerator:
                 "set); on CPUs start with ACCELERATE_USE_CPU=true torchrun --nproc-per-node …"
             ]
         )
-    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+    if accelerator.distributed_type not in LAUNCHES:
         kind = accelerator.distributed_type.value
-        raise ConfigError([f"launch: {kind} is not taken: checkpoints hold whole tensors; start with torchrun or DDP"])
+        raise ConfigError([f"launch: {kind} is not taken; launch DDP or FSDP2 (docs/distributed.md)"])
+    try:
+        sharding.begin(accelerator)
+    except ValueError as error:
+        raise ConfigError([f"launch: {error}"]) from None
     torch.set_float32_matmul_precision("high" if recipe.tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = recipe.tf32
     if recipe.threads or (accelerator.device.type == "cpu" and world == 1):
@@ -250,7 +263,8 @@ def _make(ready: Ready, accelerator: Accelerator) -> Outcome:
         with ExitStack() as ours:
             on_main(accelerator, lambda: ours.enter_context(runfolder.claimed(recipe)))
             faults.reach("start")
-            result, average = _train(ready, accelerator)
+            result, student, average = _train(ready, accelerator)
+            outcome.student = student
             seconds = perf_counter() - began
             on_main(accelerator, lambda: runfolder.finish(recipe, student, average, result, seconds))
     else:
@@ -268,13 +282,14 @@ def _make(ready: Ready, accelerator: Accelerator) -> Outcome:
     return outcome
 
 
-def _train(ready: Ready, accelerator: Accelerator) -> tuple[dict[str, float], torch.nn.Module | None]:
-    """The last evaluation, and the student's moving average where there is one."""
+def _train(ready: Ready, accelerator: Accelerator) -> tuple[dict[str, float], torch.nn.Module, torch.nn.Module | None]:
+    """The last evaluation, the trained student, and its moving average where there is one."""
     recipe, terms, data, panel = ready.recipe, ready.plan.terms, ready.data, ready.panel
     set_seed(recipe.seed, device_specific=True)  # what was drawn above depends on what was there already
     memory = torch.channels_last if recipe.channels_last else torch.preserve_format
     student = ready.student.to(accelerator.device, memory_format=memory)  # type: ignore[call-overload]
     ema = ModelEmaV3(student, recipe.ema.decay, use_warmup=recipe.ema.warmup) if recipe.ema is not None else None
+    untouched = deepcopy(student).cpu() if accelerator.is_fsdp2 else None  # what is trained there are pieces
     distiller = Distiller(student, terms).to(accelerator.device)
     teacher = Teacher(panel, terms, prepare=ready.prepare, channels_last=recipe.channels_last) if panel else None
     optimizer = build.build_optimizer(recipe.optimizer, distiller)
@@ -298,6 +313,11 @@ def _train(ready: Ready, accelerator: Accelerator) -> tuple[dict[str, float], to
         **{name: getattr(recipe, name) for name in AS_THEY_ARE},
     )
     try:
-        return training.run(), None if ema is None else ema.module
+        result = training.run()
     finally:
         distiller.taps.remove()
+    average = None if ema is None else ema.module
+    if untouched is not None:
+        average = average and sharding.fill(deepcopy(untouched), average).to(accelerator.device)
+        student = sharding.fill(untouched, student).to(accelerator.device)
+    return result, student, average

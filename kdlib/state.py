@@ -11,11 +11,11 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from timm.utils import ModelEmaV3
 
-from . import checkpoint, faults
+from . import checkpoint, faults, sharding
 from .distiller import Distiller
 from .progress import say
 from .randomness import random_state, set_random_state
-from .ranks import on_main
+from .ranks import on_main, share_buffers
 
 CHECKPOINTS = "checkpoints"
 
@@ -69,11 +69,19 @@ class State:
             FloatingPointError: a parameter is not finite; nothing is written.
         """
         randoms = gather_object([random_state(self.accelerator.device)])
-        on_main(self.accelerator, lambda: self._write(place, randoms))
+        if self.accelerator.is_fsdp2:  # DDP keeps them alike by itself
+            share_buffers(self.accelerator, self.distiller)
+        parts = {
+            "distiller": self.distiller.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "ema": None if self.ema is None else self.ema.module.state_dict(),
+        }
+        parts = sharding.whole(parts, keep=self.accelerator.is_main_process)
+        on_main(self.accelerator, lambda: self._write(place, randoms, parts))
 
-    def _write(self, place: Place, randoms: list[dict[str, Any]]) -> None:
-        for name, parameter in self.distiller.named_parameters():
-            if not parameter.isfinite().all():
+    def _write(self, place: Place, randoms: list[dict[str, Any]], parts: dict[str, Any]) -> None:
+        for name, _ in self.distiller.named_parameters():
+            if not parts["distiller"][name].isfinite().all():
                 raise FloatingPointError(
                     f"{name} is not finite after step {place.step}, so nothing was saved; lower optimizer.lr or set "
                     "optimizer.clip_grad, and start again from the checkpoint before"
@@ -81,9 +89,7 @@ class State:
         scaler = self.accelerator.scaler
         state = {
             "place": asdict(place),
-            "distiller": self.distiller.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "ema": None if self.ema is None else self.ema.module.state_dict(),
+            **parts,
             "scaler": None if scaler is None else scaler.state_dict(),
             "random": randoms,
             "images": self.images,
@@ -134,10 +140,10 @@ class State:
                 f"{self.folder}: this run was begun on {state['images']} training images, here are {self.images}; "
                 "put the data back as they were, or choose another output=…"
             )
-        self.distiller.load_state_dict(state["distiller"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        sharding.load_module(self.distiller, state["distiller"])
+        sharding.load_optimizer(self.optimizer, state["optimizer"])
         if self.ema is not None:
-            self.ema.module.load_state_dict(state["ema"])
+            sharding.load_module(self.ema.module, state["ema"])
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         set_random_state(randoms[self.accelerator.process_index], device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -14,9 +15,9 @@ import torch
 from accelerate import Accelerator
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
-from torch import Tensor
+from torch import Tensor, nn
 
-from . import checkpoint, compiling, faults, gradients
+from . import checkpoint, compiling, faults, gradients, sharding
 from .data import Data, with_targets
 from .distiller import Distilled, Distiller, Teacher
 from .evaluation import evaluate, with_best
@@ -81,10 +82,12 @@ class Training:
             OSError: a disk, a worker or another process failed; the last checkpoint is whole.
         """
         self.batches = len(self.data.train) // self.accumulate * self.accumulate
-        self.main = self.accelerator.is_main_process
+        self.main, self.sharded = self.accelerator.is_main_process, self.accelerator.is_fsdp2
+        if self.sharded:
+            sharding.check(self.distiller, self.optimizer)
         images = self.data.train.batches.images
         self.state = State(self.folder, self.accelerator, self.distiller, self.optimizer, images, self.ema)
-        self.guard = Guard(self.on_nonfinite, self.folder, self.title, self.data.train, self.accumulate)
+        self.guard = Guard(self.on_nonfinite, self.folder, self.title, self.data.train, self.accumulate, self.main)
         self.journal = Journal(self.folder, self.accelerator, self.data.train, self.accumulate, self.guard.look)
         self.shield = Shield(self.distiller, self.optimizer, self.accelerator, on=self.on_nonfinite == "skip")
         with losses_told(), listen() as self.asked:
@@ -105,17 +108,22 @@ class Training:
 
     def _begin(self) -> None:
         """Puts the run where it goes on, and everything into its place for the first step."""
+        if self.sharded:
+            sharding.shard(self.accelerator, self.distiller, self.optimizer, self.ema)
+        self.engine, self.prepared = self.accelerator.prepare(self.distiller, self.optimizer)
         place = self.state.load()
         if place is not None and place.step:
             after = f"after epoch {place.epoch} of {self.epochs}" + (f", batch {place.batch}" if place.batch else "")
             say(f"{self.title}: goes on {after}", self.main)
         self.at = place or Place()
-        self.engine, self.prepared = self.accelerator.prepare(self.distiller, self.optimizer)
         if place is None:
             self.state.save(self.at)  # a disk that cannot hold it says so now, and there is a point to go back to
         self.graphs: Graphs | None = None
         self._set_out()
         self.mode = compiling.resolve(self.compile, self.accelerator.device)
+        if self.mode is not None and self.sharded:
+            self.mode = None
+            say(f"{self.title}: runs without torch.compile, whose whole graph FSDP2 cuts", self.main)
         if self.mode is not None and self.at.epoch < self.epochs:
             self._compile()
 
@@ -202,7 +210,9 @@ class Training:
 
     def _backward(self, images: Tensor, targets: dict[str, Tensor]) -> Distilled:
         compiling.begin_step(self.mode)
-        out: Distilled = self.engine(*self._asked(images, targets))
+        given = self._asked(images, targets)
+        with self.accelerator.autocast() if self.sharded else nullcontext():  # which accelerate wraps around DDP
+            out: Distilled = self.engine(*given)
         self.accelerator.backward(out.loss)
         return out
 
@@ -252,17 +262,20 @@ class Training:
     def _evaluate(self) -> None:
         """Measures the student and its average; keeps the weights of the best evaluation."""
         faults.reach("evaluate")
-        models = {"": self.distiller.student} | ({} if self.ema is None else {"ema_": self.ema.module})
+        student, average = self.distiller.student, {} if self.ema is None else {"ema_": self.ema.module}
+        models: dict[str, nn.Module] = {"": sharding.Answers(self.distiller) if self.sharded else student, **average}
         found: dict[str, float] = {}
         for prefix, model in models.items():
             share_buffers(self.accelerator, model)
             result = evaluate(model, self.data.test, self.accelerator, self.channels_last)
+            sharding.release(model)
             found |= {f"{prefix}{name}": value for name, value in result.items()}
         self.at.result, better = with_best(found, self.at.result, self.metric, self.at.epoch + 1)
         self.at.stale = 0 if better else self.at.stale + 1
         if better:
-            best = models["ema_" if self.metric.startswith("ema_") else ""]
-            on_main(self.accelerator, lambda: checkpoint.save_weights(best, self.folder / BEST))
+            best = average["ema_"] if self.metric.startswith("ema_") else student
+            weights = sharding.whole(best.state_dict(), keep=self.main)
+            on_main(self.accelerator, lambda: checkpoint.save_weights(weights, self.folder / BEST))
             faults.reach("best")
 
     # numbers that go wrong

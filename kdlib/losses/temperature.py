@@ -49,7 +49,7 @@ class LearnableTemperature(Wrapper):
         super().__init__(loss)
         check_positive(self, start=start, span=span, ramp=ramp)
         self.start, self.span, self.ramp = start, span, ramp
-        self.theta = nn.Parameter(torch.tensor(float(initial)))
+        self.theta = nn.Parameter(torch.tensor([float(initial)]))  # not 0-dimensional: FSDP2 could not shard it
         self.register_buffer("lambda_", torch.tensor(-1.0))
         for part in loss.modules():
             if hasattr(part, "follows_teacher"):
@@ -60,7 +60,7 @@ class LearnableTemperature(Wrapper):
         """``T``, whose gradient towards ``θ`` is multiplied by ``λ``."""
         fixed = self.theta.detach()
         reversed_theta = fixed + self.lambda_ * (self.theta - fixed)
-        return self.start + self.span * torch.sigmoid(reversed_theta)
+        return self.start + self.span * torch.sigmoid(reversed_theta).squeeze()
 
     def set_epoch(self, epoch: float, epochs: int) -> None:
         super().set_epoch(epoch, epochs)

@@ -87,6 +87,15 @@ SHARDS = FILES | {
 """The same from tar files, which can only be read from one end to the other."""
 
 
+SHARDED = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP",
+    "FSDP_MIN_NUM_PARAMS": "20",
+}
+"""The environment of FSDP2, each layer of the toy gathered by itself."""
+
+
 class Run:
     """A recipe in a folder of its own, and the processes that were started for it."""
 
@@ -196,23 +205,23 @@ def _digest(path: Path) -> str:
 
 
 @cache
-def undisturbed(recipe: str, ranks: int = 1) -> dict[str, Any]:
+def undisturbed(recipe: str, ranks: int = 1, sharded: bool = False) -> dict[str, Any]:
     """What a run of ``recipe`` (YAML) leaves if nothing happens to it; made once."""
     run = Run(yaml.safe_load(recipe))
     try:
         if ranks == 1:
             run.go()
         else:
-            for rank, process in enumerate(run.start_two()):
+            for rank, process in enumerate(run.start_two(**(SHARDED if sharded else {}))):
                 run.end(process, said="said" if not rank else "said1")
         return left(run.output)
     finally:
         run.remove()
 
 
-def check_as_if_nothing_had_been(run: Run, ranks: int = 1) -> None:
+def check_as_if_nothing_had_been(run: Run, ranks: int = 1, sharded: bool = False) -> None:
     """Every weight, line and number is that of the undisturbed run, bit for bit."""
-    expected, found = undisturbed(yaml.safe_dump(run.recipe), ranks), left(run.output)
+    expected, found = undisturbed(yaml.safe_dump(run.recipe), ranks, sharded), left(run.output)
     for part, value in expected.items():
         assert found[part] == value, part
     assert not list(run.output.rglob(".tmp-*"))
