@@ -187,8 +187,8 @@ def warm(build: Build, work: Work, mode: str | None, row: Row) -> Step:
 def time_of(step: Step, repeats: int, work: Work) -> tuple[float, float]:
     """Milliseconds of a step: on the wall, and of the processor; on a GPU twice those on the wall."""
     cuda = work.images.is_cuda
-    step()
     if cuda:
+        step()
         torch.cuda.synchronize()
     began, worked = time.perf_counter(), time.process_time()
     for _ in range(repeats):

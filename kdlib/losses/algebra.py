@@ -36,7 +36,7 @@ def gram_gap(s: Tensor, t: Tensor) -> Tensor:
     n, c_s, c_t = s.shape[-2], s.shape[-1], t.shape[-1]
     channel_form = 5 * c_s * c_t if c_s == c_t else c_s * c_s + c_t * c_t + c_s * c_t
     if n * (c_s + c_t) <= channel_form:
-        return (s @ s.mT - t @ t.mT).square().sum()
+        return F.mse_loss(s @ s.mT, t @ t.mT, reduction="sum")
     if c_s == c_t:
         d = s - t
         return ((s.mT @ s + t.mT @ t) * (d.mT @ d)).sum() + 2 * ((s.mT @ d) * (d.mT @ t)).sum()
