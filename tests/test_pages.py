@@ -48,6 +48,15 @@ def test_a_mark_without_a_table_is_an_error() -> None:
         generated.fill("<!-- table: a -->\n<!-- end -->", {"b": str})
 
 
+def test_the_readmes_headline_is_what_was_measured() -> None:
+    found = json.loads((generated.RESULTS / "throughput.json").read_text())
+    best = {row["model"]: row["images_per_second"] for row in found["best"]}
+    readme = (ROOT / "README.md").read_text()
+    for rival in ("poolformer_m36", "gfnet_h_b"):
+        assert f"| {best[rival]:,.0f} | {best['riformer_m36'] / best[rival]:.2f} × as fast" in readme
+    assert f"| {best['riformer_m36']:,.0f} | |" in readme
+
+
 def test_the_ladders_summary_is_the_studys_own() -> None:
     """What the page computes from the stored seeds is what the study wrote down when it ran."""
     stored = json.loads((generated.RESULTS / "ladder_5k_plain.json").read_text())["summary"]
