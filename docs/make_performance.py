@@ -32,11 +32,11 @@ def step(name: str) -> str:
     found = result(name)
     if found is None:
         return NOT_YET
-    heads = ("work", "who", "mode", "ms", "peak MiB", "of the floor", "of by hand", "first step s")
+    heads = ("work", "who", "mode", "ms", "least ms", "peak MiB", "of the floor", "of by hand", "first step s")
     rows = [
         (
-            row["work"], row["who"], row["mode"], *([row["failed"], "", "", ""] if "failed" in row else
-            [f"{row['ms']:.1f}" if "ms" in row else "-", f"{row['MiB']:,}" if "MiB" in row else "-",
+            row["work"], row["who"], row["mode"], *([row["failed"], "", "", "", ""] if "failed" in row else
+            [*(f"{row[key]:.1f}" if key in row else "-" for key in ("ms", "least")), f"{row['MiB']:,}" if "MiB" in row else "-",
              _ratio(row, "of_floor"), _ratio(row, "of_hand")]), f"{row.get('first_step_s', 0):.1f}",
         )
         for row in found["rows"]
