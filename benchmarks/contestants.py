@@ -125,7 +125,7 @@ def by_hand(work: Work, mode: str | None) -> Step:
 
 
 def by_kdlib(work: Work, mode: str | None) -> Step:
-    net, teacher, distiller = kdlib_parts(work)
+    teacher, distiller = kdlib_parts(work)
     compiling.compile_whole([teacher, distiller], mode)
 
     def loss_of() -> Tensor:
@@ -135,8 +135,8 @@ def by_kdlib(work: Work, mode: str | None) -> Step:
     return train(work, distiller, loss_of)
 
 
-def kdlib_parts(work: Work) -> tuple[nn.Module, kd.Teacher, kd.Distiller]:
-    """(teacher model, teacher, distiller) of a work's objective."""
+def kdlib_parts(work: Work) -> tuple[kd.Teacher, kd.Distiller]:
+    """Teacher and distiller of a work's objective."""
     student, last = work.make(work.student), "stages.*.blocks.-1"
     if work.wide is None:
         net: nn.Module = work.make(work.twin)
@@ -154,7 +154,7 @@ def kdlib_parts(work: Work) -> tuple[nn.Module, kd.Teacher, kd.Distiller]:
             kd.Term("relation", GramRelation(), 1.0, pairs=pairs[last], reduce="sum"),
         ]
     terms = list(kd.fit(terms, student, net, work.images[:2]).terms)
-    return net, kd.Teacher(net, terms), kd.Distiller(student, terms).to(work.images.device)
+    return kd.Teacher(net, terms), kd.Distiller(student, terms).to(work.images.device)
 
 
 def contestants(work: str) -> dict[str, Build]:

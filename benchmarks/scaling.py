@@ -1,7 +1,7 @@
 """Weak scaling: the whole objective on 1, 2, … processes, each with the same number of images; times only.
 
     python benchmarks/scaling.py --processes 1 2 --out benchmarks/results/scaling.json     two GPUs of one machine
-    python benchmarks/scaling.py --processes 1 2 --cpu                                     two gloo processes, one core each
+    python benchmarks/scaling.py --processes 1 2 --cpu                                     two gloo processes
 
 Teacher and distiller compile whole on a GPU, as in a run; DistributedDataParallel holds the distiller. A step is
 everything but the data: both teachers, the student forward and backward, the reduction of gradients, AdamW. Efficiency
@@ -35,14 +35,16 @@ from kdlib import compiling
 
 def build(given: argparse.Namespace, processes: int) -> Step:
     work = works(given.cpu, given.batch)["whole"]
-    _, teacher, distiller = kdlib_parts(work)
+    teacher, distiller = kdlib_parts(work)
     mode = None if given.cpu or given.eager else "default"
     compiling.compile_whole([teacher, distiller], mode)
     engine: Any = distiller
     if processes > 1:
         # a bare buffer of weights follows the schedule, not rank 0
         devices = None if given.cpu else [torch.cuda.current_device()]
-        engine = DistributedDataParallel(distiller, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+        engine = DistributedDataParallel(
+            distiller, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
 
     def loss_of() -> torch.Tensor:
         return engine(work.images, teacher(work.images)).loss
@@ -107,7 +109,9 @@ def main() -> None:
     given.rounds = given.rounds or (3 if given.cpu else 20)
     given.repeats = 1 if given.cpu else 5
     if not given.cpu and torch.cuda.device_count() < max(given.processes):
-        parser.error(f"{torch.cuda.device_count()} GPUs here, {max(given.processes)} are asked for; --cpu works anywhere")
+        parser.error(
+            f"{torch.cuda.device_count()} GPUs here, {max(given.processes)} are asked for; --cpu works anywhere"
+        )
     if given.cpu:
         torch.set_num_threads(1)  # for what is said about the device
     head = about(given.cpu, precision="float32" if given.cpu else "bf16 autocast", rounds=given.rounds, busy=busy(),

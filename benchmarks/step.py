@@ -121,6 +121,7 @@ def measure(
     left: Callable[[], float], keep: Callable[[], None],
 ) -> None:  # fmt: skip
     """All contestants of a work, warm; then turn by turn."""
+    torch.compiler.reset()  # of the work before; not between contestants, which would compile again in the first round
     runners: list[tuple[Row, Step]] = []
     longest = {True: 0.0, False: 0.0}  # by whether it is compiled
     for who, build, mode in jobs:
@@ -168,7 +169,6 @@ def quartiles(values: list[float]) -> list[float]:
 def warm(build: Build, work: Work, mode: str | None, row: Row) -> Step:
     """The contestant's step, compiled and warm; its memory and the time of its first step go into the row."""
     cuda = work.images.is_cuda
-    torch.compiler.reset()
     before = torch.cuda.memory_allocated() if cuda else 0
     began = time.perf_counter()
     step = build(work, mode)
@@ -203,7 +203,9 @@ def table(rows: list[Row]) -> str:
     lines = [f"{'work':8}{'who':26}{'mode':16}{'ms':>9}{'MiB':>7}{'of floor':>10}{'of hand':>10}"]
     for row in rows:
         ratio = [f"{row[key][1]:.3f}" if key in row else "-" for key in ("of_floor", "of_hand")]
-        end = row.get("failed", "")[:60] or f"{row.get('ms', 0):9.2f}{row.get('MiB', '-'):>7}{ratio[0]:>10}{ratio[1]:>10}"
+        end = (
+            row.get("failed", "")[:60] or f"{row.get('ms', 0):9.2f}{row.get('MiB', '-'):>7}{ratio[0]:>10}{ratio[1]:>10}"
+        )
         lines.append(f"{row['work']:8}{row['who']:26}{row['mode']:16}{end}")
     return "\n".join(lines)
 

@@ -33,15 +33,16 @@ def step(name: str) -> str:
     if found is None:
         return NOT_YET
     heads = ("work", "who", "mode", "ms", "least ms", "peak MiB", "of the floor", "of by hand", "first step s")
-    rows = [
-        (
-            row["work"], row["who"], row["mode"], *([row["failed"], "", "", "", ""] if "failed" in row else
-            [*(f"{row[key]:.1f}" if key in row else "-" for key in ("ms", "least")), f"{row['MiB']:,}" if "MiB" in row else "-",
-             _ratio(row, "of_floor"), _ratio(row, "of_hand")]), f"{row.get('first_step_s', 0):.1f}",
-        )
-        for row in found["rows"]
-    ]  # fmt: skip
-    return f"{about(found)}\n\n{table(heads, rows)}"
+    return f"{about(found)}\n\n{table(heads, [_step(row) for row in found['rows']])}"
+
+
+def _step(row: dict[str, Any]) -> list[str]:
+    who = [row["work"], row["who"], row["mode"]]
+    if "failed" in row:
+        return [*who, row["failed"], *[""] * 5]
+    times = [f"{row[key]:.1f}" if key in row else "-" for key in ("ms", "least")]
+    memory = f"{row['MiB']:,}" if "MiB" in row else "-"
+    return [*who, *times, memory, _ratio(row, "of_floor"), _ratio(row, "of_hand"), f"{row['first_step_s']:.1f}"]
 
 
 def _ratio(row: dict[str, Any], key: str) -> str:
@@ -115,7 +116,11 @@ def roofline() -> str:
     rows, total = [], [0.0, 0.0, 0.0]
     for i, (blocks, side, dim) in enumerate(((6, 56, 96), (6, 28, 192), (18, 14, 384), (6, 7, 768)), 1):
         elements = blocks * 128 * side * side * dim
-        part = [elements * 16 * dim, elements * 2, blocks * 16 * dim * dim]  # operations, bytes a pass, bytes of weights
+        part = [
+            elements * 16 * dim,
+            elements * 2,
+            blocks * 16 * dim * dim,
+        ]  # operations, bytes a pass, bytes of weights
         total = [a + b for a, b in zip(total, part, strict=True)]
         rows.append((f"stage {i}", str(blocks), f"{side}×{side}", str(dim), *_floors(part, passes)))
     rows.append(("all blocks", "36", "", "", *_floors(total, passes)))

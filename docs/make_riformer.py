@@ -44,7 +44,9 @@ def ladder() -> str:
         seeds = " ".join(f"{value:.2f}" for _, value in sorted(results.top1[name].items()))
         lines.append((name, f"{own.mean:.2f} ± {own.sd:.2f}", *_gain(gain), results.study.against.get(name, ""), seeds))
     lacking = [row for row in found["against"] if row not in found["top1"]]
-    about = f"{found['device']}, torch {found['torch']}, {found['date']}, {found['seconds']:.0f} s: `{found['command']}`."
+    about = (
+        f"{found['device']}, torch {found['torch']}, {found['date']}, {found['seconds']:.0f} s: `{found['command']}`."
+    )
     heads = ("row", "top-1 %, mean ± sd", "paired difference", "95 % interval", "compared with", "seeds 0 to 4")
     return f"{about}\n\n{table(heads, lines)}\n\nNot reached: {', '.join(f'`{row}`' for row in lacking)}."
 
@@ -68,7 +70,9 @@ def nano() -> str:
         mine, base, soft = of[setting, "student"], of[setting, "baseline"], of["no imitation", "student"]
         own, wide = mean(list(mine.values())), mean(list(of[setting, "wide"].values()))
         more = ("", "") if setting == "no imitation" else _gain(difference(mine, soft))
-        lines.append((setting, f"{own.mean:.2f} ± {own.sd:.2f}", f"{wide.mean:.2f}", *_gain(difference(mine, base)), *more))
+        lines.append(
+            (setting, f"{own.mean:.2f} ± {own.sd:.2f}", f"{wide.mean:.2f}", *_gain(difference(mine, base)), *more)
+        )
     heads = ("setting", "student, mean ± sd", "logit teacher", "over labels alone", "95 % interval",
              "over no imitation", "95 % interval")  # fmt: skip
     about = f"{found['device']}, torch {found['torch']}, {found['date']}, 3 seeds."

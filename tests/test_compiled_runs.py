@@ -1,7 +1,7 @@
-"""A compiled run is the plain one: through schedules, accumulation and a new start, with as few graphs as there must be.
+"""A compiled run is the plain one through schedules, accumulation and a new start, with as few graphs as can be.
 
-With aot_eager, which traces, differentiates and replays as a compiled run does, but with the plain kernels: what differs
-is the compiler's doing, and nothing may.
+With aot_eager, which traces, differentiates and replays as a compiled run does, but with the plain kernels: what
+differs is the compiler's doing, and nothing may.
 """
 
 from __future__ import annotations
@@ -56,8 +56,10 @@ def training(folder: Path, mode: str, accumulate: int) -> Training:
     optimizer = torch.optim.AdamW(distiller.parameters(), lr=1e-2)
     scheduler = CosineLRScheduler(optimizer, t_initial=100, t_in_epochs=False)
     folder.mkdir(parents=True, exist_ok=True)
-    return Training(distiller, kd.Teacher(model, terms), data, optimizer, scheduler, Accelerator(cpu=True), folder, EPOCHS,
-                    compile=mode, accumulate=accumulate)  # fmt: skip
+    teacher, accelerator = kd.Teacher(model, terms), Accelerator(cpu=True)
+    return Training(
+        distiller, teacher, data, optimizer, scheduler, accelerator, folder, EPOCHS, compile=mode, accumulate=accumulate
+    )
 
 
 def state(run: Training) -> dict[str, Tensor]:

@@ -36,7 +36,9 @@ def test_the_tables_are_up_to_date(page: str) -> None:
 def test_a_changed_result_changes_the_page(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for path in generated.RESULTS.glob("*.json"):
         text = path.read_text()
-        (tmp_path / path.name).write_text(text.replace("11309.76", "99999.76").replace('"ratio": 1.6769', '"ratio": 9.6769'))
+        (tmp_path / path.name).write_text(
+            text.replace("11309.76", "99999.76").replace('"ratio": 1.6769', '"ratio": 9.6769')
+        )
     monkeypatch.setattr(generated, "RESULTS", tmp_path)
     module = maker(page)
     stored = module.PAGE.read_text()

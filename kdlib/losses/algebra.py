@@ -21,10 +21,10 @@ def cosine_gap(a: Tensor, b: Tensor, dim: int) -> Tensor:
 
 
 def mean_square(s: Tensor, t: Tensor) -> Tensor:
-    """Mean of ``(s − t)²`` over all elements of two tensors of one shape, read in the order in which memory holds ``s``.
+    """Mean of ``(s − t)²`` over all elements of two tensors of one shape, read in the order of ``s`` in memory.
 
-    A mean over elements has no order, but torch writes the gradient of its own ``mse_loss`` in the order of the axes: of
-    a map that is read as tokens it comes back transposed, and every kernel of the backward pass after it walks two
+    A mean over elements has no order, but torch writes the gradient of its own ``mse_loss`` in the order of the axes:
+    of a map that is read as tokens it comes back transposed, and every kernel of the backward pass after it walks two
     layouts at once.
     """
     order = sorted(range(s.ndim), key=s.stride, reverse=True)
