@@ -55,7 +55,7 @@ def build(given: argparse.Namespace, processes: int) -> Step:
 def times(given: argparse.Namespace, processes: int) -> list[float]:
     """Milliseconds of a step in each round, the slowest process's."""
     step = build(given, processes)
-    for _ in range(3):
+    for _ in range(1 if given.cpu else 5):
         step()
     found = []
     for _ in range(given.rounds):
