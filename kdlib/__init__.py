@@ -1,5 +1,8 @@
 """kdlib: one model learns from another. ``import kdlib as kd``."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from . import losses
 from .adapters import Project, Renormalize
 from .distiller import Distilled, Distiller, Panel, Teacher
@@ -28,3 +31,17 @@ __all__ = [
     "losses",
     "pair",
 ]
+
+VERBS = ("doctor", "export", "inspect", "launch", "models", "pairs", "recipe", "report")
+"""What stands behind the command; imported when it is first named, since it needs timm, accelerate or matplotlib."""
+
+if not TYPE_CHECKING:  # to a type checker this would make every name of kdlib right
+
+    def __getattr__(name: str) -> Any:
+        if name in VERBS:
+            return import_module(f".{name}", __name__)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *VERBS})

@@ -32,6 +32,13 @@ def _printable(line: str) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
 
 
+def one_line(error: BaseException) -> str:
+    """What an error says, in one line: of the system's, the file and what is wrong with it, without a number."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 class Source(NamedTuple):
     """Who says a value, and the files (resolved) through which it was reached as a base."""
 

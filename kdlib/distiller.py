@@ -106,7 +106,7 @@ class Teacher(nn.Module):
     def _ask(self, name: str, live: Mapping[str, str], images: Tensor) -> dict[str, Tensor]:
         if (name or "@") in self.prepare:
             images = self.prepare[name or "@"](images)
-        images = images.contiguous(memory_format=self.memory_format)
+        images = images.to(memory_format=self.memory_format)
         answer, seen = self.taps[name].watch(self.members[name], images, stop_early="@output" not in live)
         if "@output" in live:
             seen["@output"] = _logits(answer, f"teacher {name}".strip())

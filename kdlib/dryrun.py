@@ -115,8 +115,16 @@ def _window(term: Term, epochs: int) -> str:
     slope = "" if live[first] == live[last] else f" to {live[last]:.3g}"
     of = f"epochs {first} to {last}" if len(live) < epochs else f"all {epochs} epochs"
     pairs = f", {term.reduce} over {len(term.pairs)} pairs" if len(term.pairs) > 1 else ""
-    loss = term.loss if isinstance(term.loss, nn.Module) else getattr(term.loss, "__name__", "loss")
-    return f"{term.name}: {live[first]:.3g}{slope} × {loss}, {of}{pairs}"
+    return f"{term.name}: {live[first]:.3g}{slope} × {_loss(term.loss)}, {of}{pairs}"
+
+
+def _loss(loss: object) -> str:
+    """A loss in one line, without the modules that it trains."""
+    if not isinstance(loss, nn.Module):
+        return getattr(loss, "__name__", "loss")
+    if trained := sum(p.numel() for p in loss.parameters()):
+        return f"{type(loss).__name__}({loss.extra_repr()}) with {trained:,} trained parameters"
+    return " ".join(repr(loss).split())
 
 
 def _state(folder: Path) -> str:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from .config import COMMAND_LINE, ConfigError, Document, is_assignment, read
+from .config import COMMAND_LINE, ConfigError, Document, is_assignment, one_line, read
 from .dryrun import dry_run
 from .progress import console
 from .recipe import Recipe, json_schema, load
@@ -68,11 +68,11 @@ def main(
         if isinstance(error, ConfigError):
             return _fail(error.lines, WRONG_INPUT)
         if isinstance(error, ValueError):
-            return _fail([f"{_line(error)} (--debug shows where)"], WRONG_INPUT)
+            return _fail([f"{one_line(error)} (--debug shows where)"], WRONG_INPUT)
         if isinstance(error, FloatingPointError):
-            return _fail([_line(error)], FAILED)
+            return _fail([one_line(error)], FAILED)
         if isinstance(error, OSError):
-            return _fail([f"{_line(error)} (what was saved before is whole; --debug shows where)"], FAILED)
+            return _fail([f"{one_line(error)} (what was saved before is whole; --debug shows where)"], FAILED)
         raise
     except KeyboardInterrupt as stop:
         if "--debug" in flags:
@@ -102,10 +102,6 @@ def with_origin(lines: Iterable[str], document: Document) -> list[str]:
     """Lines that begin with a key of the recipe get the file that said it in front."""
     keys = [(tuple(line.partition(":")[0].split(".")), line) for line in lines]
     return [f"{document.origin(key)}: {line}" if key[0] in Recipe.model_fields else line for key, line in keys]
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _fail(lines: Iterable[str], code: int) -> int:

@@ -40,6 +40,8 @@ class Found:
     """Of a run: its data."""
     folder: Path | None = None
     """Of a run: where it lies."""
+    trained: bool | None = None
+    """Whether it has weights of any training; None where nobody can tell."""
 
     def noise(self, count: int) -> Tensor:
         """``(count, C, H, W)``, the same every time."""
@@ -59,21 +61,24 @@ def find_model(text: str, image_size: int | None = None) -> Found:
 
     Args:
         text: a timm name, a mapping with its arguments (``{name: resnet18, pretrained: true}``), the folder of a
-            finished run or a weight file in it, or ``module:function``, which is called without arguments; the module
-            is imported, so this is for what a person types, never for what a file says.
+            finished run or a weight file in it, a folder that timm loads (``kdlib export --to timm``), or
+            ``module:function``, which is called without arguments; the module is imported, so this is for what a
+            person types, never for what a file says.
         image_size: side of the images; by default what the run or the model says, else 224.
 
     Raises:
         ConfigError: there is no such model, or it cannot be built or take these images.
     """
     path = Path(text).expanduser()
-    if path.exists():
+    if path.is_dir() and (path / "config.json").is_file() and not (path / CONFIG).exists():
+        found = _described(text, _of_timm({"name": f"local-dir:{path}", "pretrained": True}), True)  # an export
+    elif text.strip() and path.exists():
         found = _of_run(path)
     elif ":" in text and not text.startswith((*REMOTE, "{")):
         found = _described(text, _of_function(text))
     else:
         spec = _mapping(text)
-        found = _described(str(spec["name"]), _of_timm(spec))
+        found = _described(str(spec["name"]), _of_timm(spec), bool(spec.get("pretrained")))
     if image_size is not None:
         found = Found(**vars(found) | {"shape": (found.shape[0], image_size, image_size)})
     found.model.eval()
@@ -102,6 +107,8 @@ def _mapping(text: str) -> dict[str, Any]:
 
 def _of_timm(spec: dict[str, Any]) -> nn.Module:
     name = str(spec["name"])
+    if not name.startswith(REMOTE) and "/" in name:
+        raise ConfigError([f"{name}: no such folder or file; name a finished run, or a timm model"])
     if not name.startswith(REMOTE) and not timm.is_model(name):
         raise ConfigError(
             [f"{name}: no timm model, no file and no folder{nearest(name, timm.list_models())}{IMPORT_HINT}"]
@@ -125,7 +132,7 @@ def _of_function(text: str) -> nn.Module:
     return made
 
 
-def _described(name: str, model: nn.Module) -> Found:
+def _described(name: str, model: nn.Module, trained: bool | None = None) -> Found:
     """A model with what its ``pretrained_cfg`` says of images; ImageNet's where it says nothing."""
     told = getattr(model, "pretrained_cfg", None) or {}
     shape = tuple(told.get("input_size") or (3, 224, 224))
@@ -135,7 +142,7 @@ def _described(name: str, model: nn.Module) -> Found:
     if len(mean) != channels:
         mean, std = (sum(mean) / len(mean),) * channels, (sum(std) / len(std),) * channels
     size = getattr(getattr(model, "patch_embed", None), "img_size", None) or shape[1:]
-    return Found(name, model, (channels, size[0], size[1]), tuple(mean), tuple(std))
+    return Found(name, model, (channels, size[0], size[1]), tuple(mean), tuple(std), trained=trained)
 
 
 def _of_run(path: Path) -> Found:
@@ -158,7 +165,7 @@ def _of_run(path: Path) -> Found:
         model = fused()
     load_weights(model, file, "weights")
     shape = (data.channels, data.image_size, data.image_size)
-    return Found(f"{recipe.student.name} of {path}", model, shape, data.mean, data.std, recipe, data, folder)
+    return Found(f"{recipe.student.name} of {path}", model, shape, data.mean, data.std, recipe, data, folder, True)
 
 
 def _line(error: Exception) -> str:

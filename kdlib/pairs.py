@@ -125,6 +125,6 @@ def draw(
                 value = float(likeness[i, j])
                 axis.text(j, i, f"{value:.2f}"[1:] if 0 <= value < 0.995 else f"{value:.1f}", ha="center", va="center",
                           fontsize=6, color="black" if value > 0.6 else "white")  # fmt: skip
-    figure.colorbar(image, ax=axis, shrink=0.7)
+    figure.colorbar(image, ax=axis, fraction=0.03, pad=0.02, aspect=12)
     figure.savefig(path, dpi=140)
     pyplot.close(figure)

@@ -48,13 +48,14 @@ class Bar:
 @contextmanager
 def bar(title: str, total: int, done: int = 0, shown: bool = True) -> Iterator[Bar]:
     """A progress bar over ``total`` steps of which ``done`` lie behind."""
-    if not (shown and console.is_terminal):
+    if not (shown and console.is_interactive):
         plain = Bar(title, total, done, None, shown)
         yield plain
         plain.print_line()
         return
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("{task.fields[text]}"), console=console) as progress:
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn())
+    time = TimeRemainingColumn(elapsed_when_finished=True)
+    with Progress(*columns, time, TextColumn("{task.fields[text]}"), console=console) as progress:
         yield Bar(escape(title), total, done, progress, shown)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import textwrap
 from pathlib import Path
@@ -23,7 +24,19 @@ SECTIONS = {
     "Ema": "ema",
     "Compile": "compile",
 }
-WIDTH = 110
+WIDTH, NARROW = 110, 90
+"""Columns at most, where the terminal has them; below so many an explanation stands under its key."""
+FLAGS = {
+    "--dry-run": "what would be trained, from whom and for how long; needs neither data nor weights",
+    "--print-config": "the whole recipe with all defaults, as a config that gives the same run",
+    "--schema": "the JSON schema of a recipe, for editors",
+    "--quiet": "say nothing but errors; what is written is the same",
+    "--debug": "where an error came from",
+}
+CODES = (
+    "Ends with 0 when done, 2 for a config or an input that is wrong, 1 for a disk, a worker or numbers that failed, "
+    "130 after Ctrl-C, 143 after SIGTERM; started again, a run that was stopped goes on."
+)
 
 
 def usage(default: Path) -> str:
@@ -31,34 +44,37 @@ def usage(default: Path) -> str:
     schema = json_schema()
     sections = schema["$defs"] | {"": schema, "data": schema["properties"]["data"]}
     name = Path(sys.argv[0]).name
+    width = min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns)
+    how = f"usage: {name} [CONFIG.yaml …] [key=value …] [--help | {' | '.join(FLAGS)}]"
+    about = f"Without a CONFIG, {default.name} is read. Later wins; keys are dotted, a number is an index. For example:"
     lines = [
-        f"usage: {name} [CONFIG.yaml …] [key=value …] [--dry-run | --print-config | --schema | --help] "
-        "[--quiet] [--debug]",
+        *_wrapped(how, "", width),
         "",
-        f"Without a CONFIG, {default.name} is read. Later wins; keys are dotted, a number is an index. For example:",
+        *_wrapped(about, "", width),
         f"  {name} epochs=20 optimizer.lr=2e-3 terms.soft.weight=0.5 data.name=folder data.root=~/images",
         "",
-        "--dry-run       what would be trained, from whom and for how long; needs neither data nor weights",
-        "--print-config  the whole recipe with all defaults, as a config that gives the same run",
-        "--schema        the JSON schema of a recipe, for editors",
-        "--quiet         say nothing but errors; what is written is the same",
-        "--debug         where an error came from",
     ]
+    for flag, text in FLAGS.items():
+        told = _wrapped(text, " " * 16, width)
+        lines += [flag.ljust(16) + told[0].strip(), *told[1:]]
+    lines += ["", *_wrapped(CODES, "", width)]
     for section, title in SECTIONS.items():
         lines += ["", f"{title}:"]
         for key, field in sections[section]["properties"].items():
             if key != "base":
-                lines += _entry(key, field)
-    return "\n".join([*lines, "", "losses:", *_wrapped(", ".join(sorted(LOSSES)), "  ")])
+                lines += _entry(key, field, width)
+    return "\n".join([*lines, "", "losses:", *_wrapped(", ".join(sorted(LOSSES)), "  ", width)])
 
 
-def _entry(key: str, field: dict[str, Any]) -> list[str]:
+def _entry(key: str, field: dict[str, Any], width: int) -> list[str]:
     text = " ".join(str(field.get("description", "")).replace("``", "").replace("`", "").split())
     default = field.get("default")
     shown = "" if default is None or default in ({}, "") or isinstance(default, dict) else f" [{_short(default)}]"
     kind = _kind(field)
     head = f"  {key}{f' ({kind})' if kind else ''}{shown}"
-    lines = _wrapped(text, " " * 44)
+    if width < NARROW:
+        return [*textwrap.wrap(head, width, subsequent_indent=" " * 4), *_wrapped(text, " " * 6, width)]
+    lines = _wrapped(text, " " * 44, width)
     if not lines or len(head) > 42:
         return [head, *lines]
     return [head.ljust(44) + lines[0].strip(), *lines[1:]]
@@ -79,5 +95,7 @@ def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _wrapped(text: str, indent: str) -> list[str]:
-    return textwrap.wrap(text, WIDTH, initial_indent=indent, subsequent_indent=indent)
+def _wrapped(text: str, indent: str, width: int) -> list[str]:
+    return textwrap.wrap(
+        text, width, initial_indent=indent, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from kdlib import launch
+from kdlib import launch, progress
 from kdlib.config import read
 from kdlib.recipe import Recipe, load
 from recipes.riformer import run as riformer
@@ -167,6 +169,18 @@ def test_quiet_says_nothing_but_errors(ask) -> None:
     assert (answer.code, answer.out, answer.err) == (0, "", "")
     assert ask("--quiet", "epoch=3").err.startswith("command line: epoch: unknown key")
     assert "a line" in ask(body=chatty).out, "and the next one speaks again"
+
+
+def test_a_terminal_that_cannot_draw_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    for term, plain in (("dumb", True), ("xterm", False)):
+        file = io.StringIO()
+        console = Console(force_terminal=True, _environ={"TERM": term}, file=file, width=60)
+        monkeypatch.setattr(progress, "console", console)
+        with progress.bar("train", 2) as bar:
+            bar.advance()
+            bar.advance()
+        assert (file.getvalue() == "train: 2/2\n") is plain and "2/2" in file.getvalue(), term
+        assert plain or "0:00:0" in file.getvalue(), "at its end a bar tells how long it took"
 
 
 # processes of their own

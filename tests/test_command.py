@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -13,10 +15,12 @@ from conftest import ROOT
 from jsonschema import Draft202012Validator
 from PIL import Image
 
+import kdlib
 import recipes.riformer.model  # noqa: F401  registers the models
 from kdlib import cli, yaml12
 from kdlib.recipe import json_schema
 from kdlib.recipe.editor import MARK, SHIPPED
+from kdlib.usage import usage
 
 
 class Answer:
@@ -51,6 +55,40 @@ def test_help_names_every_verb_and_every_verb_has_an_example(ask) -> None:
     assert ask().code == 2 and ask("--version").out.strip() == "0.1.0"
 
 
+def test_help_of_a_recipe_is_as_wide_as_the_terminal_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    for columns in (60, 100, 200):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        lines = [line for line in usage(Path("default.yaml")).splitlines() if "data.root=~/images" not in line]
+        assert max(map(len, lines)) <= min(columns, 110), columns
+        assert "130 after Ctrl-C, 143 after SIGTERM" in " ".join(" ".join(lines).split())
+
+
+def test_what_the_help_names_for_python_is_there_after_import_kdlib(ask) -> None:
+    for verb in cli.VERBS:
+        named = re.findall(
+            r"kdlib(?:\.\w+)+", ask(verb, "--help").out.partition("From Python: ")[2].partition("\n\n")[0]
+        )
+        assert named, verb
+        for name in named:
+            assert callable(attrgetter(name.removeprefix("kdlib."))(kdlib)), name
+    lazily = "import kdlib, sys; assert 'timm' not in sys.modules; kdlib.report.report; kdlib.models.find_model"
+    subprocess.run([sys.executable, "-c", lazily], cwd=ROOT, timeout=300, check=True)
+    assert {"doctor", "report", "fit"} <= set(dir(kdlib))
+    with pytest.raises(AttributeError, match="has no attribute 'reprot'"):
+        kdlib.reprot  # noqa: B018
+
+
+@pytest.mark.parametrize("columns", [60, 100])
+def test_help_is_as_wide_as_the_terminal(ask, monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    for verb in cli.VERBS:
+        text = ask(verb, "--help").out
+        prose = [line for line in text.splitlines() if not line.startswith(" ")]
+        assert max(map(len, prose)) <= columns, verb
+        assert re.search(r"\n\nFrom Python:\s+kdlib\.", text), verb
+    assert "130 after Ctrl-C" in " ".join(ask("--help").out.split())
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -59,6 +97,12 @@ def test_help_names_every_verb_and_every_verb_has_an_example(ask) -> None:
         (["inspect"], "kdlib inspect: the following arguments are required: MODEL; see kdlib inspect --help"),
         (["inspect", "resnet18", "--dept", "2"], "kdlib inspect: unrecognized arguments: --dept 2; did you mean --dep"),
         (["inspect", "resnet18", "--depth", "two"], "kdlib inspect: argument --depth: invalid int value: 'two'"),
+        (["export", "runs/a", "--to", "tflite"], "kdlib export: argument --to: invalid choice: 'tflite' (choose from "
+         "'safetensors', 'onnx', 'torch-export', 'timm', 'hub'); see kdlib export --help"),
+        (["inspect", "resnet18", "--depth", "0"], "--depth is at least 1, got 0"),
+        (["inspect", ""], ": no timm model, no file and no folder"),
+        (["inspect", "runs/nothing"], "runs/nothing: no such folder or file; name a finished run"),
+        (["report", "runs/nothing"], "runs/nothing: no run (there is no such folder); name the folder of a run"),
         (["inspect", "resnet81"], "resnet81: no timm model, no file and no folder; did you mean 'resnet18'?"),
         (["inspect", "resnet18", "--import", "nowhere"], "--import nowhere: cannot be imported (No module named "),
         (["pairs", "resnet18", "resnet34", "--pattern", "layer9.*"], "pattern 'layer9.*' finds nothing at 'layer9'"),
@@ -89,7 +133,7 @@ def test_debug_shows_where_an_error_came_from_and_ctrl_c_is_130(ask, monkeypatch
     assert ask("schema").code == 130
     monkeypatch.setattr(schema, "run", full)
     answer = ask("schema")
-    assert answer.code == 1 and "No space left on device: 'x.png'" in answer.err and answer.err.count("\n") == 1
+    assert answer.code == 1 and answer.err == "x.png: No space left on device (--debug shows where)\n"
 
 
 def test_inspect_prints_names_that_can_be_tapped(ask) -> None:
@@ -130,6 +174,7 @@ def test_pairs_with_images_draws_the_likeness_and_suggests(ask, tmp_path: Path) 
     assert "CKA over 8 images of photos: 4 × 4 layers, drawn in a.png" in answer.out
     with Image.open(tmp_path / "a.png") as drawn:
         assert drawn.size[0] > 400 and len(drawn.convert("RGB").getcolors(1 << 24)) > 50
+    assert "! random weights: riformer_nano, metaformer_id_nano; " in answer.out
     pasted = yaml12.parse(answer.out.split("# to paste")[1].partition("\n")[2])["terms"]["alike"]
     assert len(pasted["student"]) == 4 and pasted["teacher"][-1] == "teacher.stages.1.blocks.1"
     few = ask("pairs", "riformer_nano", "metaformer_id_nano", "--images", "photos", "--count", "20")
@@ -189,6 +234,9 @@ def test_a_config_is_marked_once_and_what_it_says_stays(ask, tmp_path: Path) -> 
     config.rename(tmp_path / "a.yaml")
     ask("schema", "--into", "a.yaml")
     assert (tmp_path / "a.yaml").read_text().count(MARK) == 1, "a moved config is marked anew"
+    assert (
+        ask("schema", "--into", "nowhere.yaml").err == "nowhere.yaml: No such file or directory (--debug shows where)\n"
+    )
     assert ask("schema", "--into", "nowhere.yaml").code == 1 and ask("schema", "--into", "deep").code == 2
 
 

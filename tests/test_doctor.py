@@ -16,7 +16,7 @@ import kdlib as kd
 import recipes.riformer.gfnet
 import recipes.riformer.model  # noqa: F401  registers the models
 from kdlib import cli
-from kdlib.doctor import Diagnosis, as_assignments, doctor
+from kdlib.doctor import Diagnosis, Examined, _warnings, as_assignments, doctor
 from kdlib.doctor.balance import weigh
 from kdlib.doctor.cost import Cost, Phase
 from kdlib.doctor.graph import try_compile
@@ -135,7 +135,19 @@ def test_finished_teachers_are_measured_as_their_runs_were(found: Diagnosis, sma
         told = json.loads((folder / "summary.json").read_text())["result"]["top1"]
         assert teacher.trained and teacher.images == 24 and teacher.top1 == pytest.approx(told)
         assert teacher.bridge == "as the student's" and teacher.chance == pytest.approx(100 / 3)
+        assert teacher.expected == pytest.approx(told) and not teacher.short
     assert not (small_run.parent / "another").exists()
+
+
+@pytest.mark.parametrize(("top1", "expected", "images", "short"), [
+    (80.0, 82.9, 512, False), (76.0, 82.9, 512, True), (80.0, 82.9, 50_000, True), (84.0, 82.9, 512, False),
+    (None, 82.9, 0, False), (10.0, None, 512, False),
+])  # fmt: skip
+def test_a_teacher_that_misses_its_accuracy_by_more_than_chance_is_told(top1, expected, images, short: bool) -> None:
+    teacher = Examined("wide", "gfnet", "file.pth", True, top1, expected, 0.1, images, "as the student's")
+    assert teacher.short == short
+    warned = [line for line in _warnings([teacher], []) if "wide" in line]
+    assert [f"{expected:.2f} " in line and "teachers.wide.mean" in line for line in warned] == [True] * short
 
 
 def test_the_schedule_is_timed_phase_by_phase(found: Diagnosis) -> None:
@@ -162,5 +174,8 @@ def test_the_command_tells_all_of_it_and_writes_nothing(
     assert "! teacher wide is not trained yet" in answer.out and "hooks: 10 taps in 7 pairs" in answer.out
     assert cli.main(["doctor", str(small_run / "config.yaml"), "student.name=riformer_nan0"]) == 2
     assert capsys.readouterr().err.startswith("command line: student.name: no model 'riformer_nan0'; did you mean")
+    for wrong, says in (("wid=80", "no teacher 'wid'; did you mean 'wide'?"), ("wide", "write TEACHER=TOP1")):
+        assert cli.main(["doctor", str(small_run / "config.yaml"), "--expect", wrong]) == 2
+        assert says in capsys.readouterr().err
     assert cli.main(["doctor", "nowhere.yaml"]) == 2
     assert "nowhere.yaml: cannot be read" in capsys.readouterr().err

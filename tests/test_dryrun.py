@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 
 from kdlib import data, launch, runs
 from kdlib.config import ConfigError, read
-from kdlib.dryrun import dry_run
+from kdlib.dryrun import _loss, dry_run
+from kdlib.losses import SoftTarget, Standardized
 from kdlib.recipe import load
 from recipes.riformer.convert import convert
 from recipes.riformer.gfnet import GFNetH
@@ -54,6 +55,22 @@ def test_what_is_told_is_what_the_run_does(tmp_path: Path, monkeypatch: pytest.M
     assert float(rates["4"]) == pytest.approx(lines[-1]["lr"], rel=1e-2)
     assert f"{sum(p.numel() for p in outcome.student.parameters()):,} parameters" in student
     assert plan(*short).count("(finished, would be read)") == 4
+
+
+@pytest.mark.parametrize(
+    "config", sorted((ROOT / "recipes" / "resnet" / "configs").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_a_term_takes_one_line_whatever_its_loss_holds(config: Path) -> None:
+    told = dry_run(load(read([str(config)]))).split("student → ")[1].splitlines()
+    places = [i for i, line in enumerate(told) if line.startswith("  term       ")]
+    assert len(places) == 2 and places[1] == places[0] + 1 and told[places[1] + 1].startswith("  term  "), told
+    assert ("trained parameters, epochs 2 to 8" in told[places[1]]) == (config.stem == "review_kd")
+
+
+def test_a_loss_that_holds_another_takes_one_line() -> None:
+    assert _loss(Standardized(SoftTarget(2.0))).count("\n") == 0 and "SoftTarget" in _loss(
+        Standardized(SoftTarget(2.0))
+    )
 
 
 def test_weights_are_named_where_they_are_missing_and_checked_where_they_are_there(tmp_path: Path) -> None:

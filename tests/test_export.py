@@ -71,7 +71,13 @@ def test_a_timm_student_loads_with_timm_alone(timm_run: Found, tmp_path: Path) -
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["architecture"] == "test_vit" and config["label_names"] == ["blue", "green", "red"]
     assert config["pretrained_cfg"]["input_size"] == [3, 32, 32] and config["pretrained_cfg"]["mean"][0] == 0.485
+    told = config["pretrained_cfg"]
+    assert told["crop_pct"] == 0.875 and told["interpolation"] == "bicubic", "of the run's data, not of timm's weights"
+    assert not {"license", "origin_url", "paper_ids", "test_input_size", "test_crop_pct", "pool_size"} & set(told)
+    again = find_model(str(tmp_path / "out"))
+    assert again.shape == (3, 32, 32) and again.trained
     card = (tmp_path / "out" / "README.md").read_text()
+    assert "\nlibrary_name: timm\n" in card
     code = card.split("```python\n")[1].split("```")[0]
     fresh(tmp_path, timm_run, f"{code}\nlogits = model(images).detach()")
 
@@ -115,6 +121,7 @@ def test_torch_export_needs_torch_alone_and_takes_any_batch(riformer: Found, tmp
     fresh(tmp_path, riformer, f"{load}\n{halves}")
     fixed = export(riformer, "torch-export", tmp_path / "one", batch_size=1)
     assert fixed.images == 24
+    assert "\nlibrary_name: pytorch\n" in (fixed.folder / "README.md").read_text(), "timm does not load it"
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import laws_inputs
 import pytest
 import torch
 from laws import CASES, LAWS, SPECIAL, label, subject
@@ -17,7 +18,7 @@ torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize(("name", "chosen"), CASES, ids=label)
-@pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__.removeprefix("law_"))
+@pytest.mark.parametrize("law", LAWS + laws_inputs.LAWS, ids=lambda law: law.__name__.removeprefix("law_"))
 def test_law(law, name, chosen):
     law(subject(name, **chosen))
 

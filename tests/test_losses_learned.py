@@ -9,6 +9,7 @@ import pickle
 
 import pytest
 import torch
+from laws import finite, fresh, leaves, subject
 from torch import nn
 
 from kdlib import losses
@@ -320,6 +321,17 @@ def test_crd_remembers_while_it_trains_only():
     assert torch.equal(loss.z, z), "constants are those of the first batch"
 
 
+def test_crd_adds_up_a_million_negatives():
+    """At ImageNet's size, where sums of logarithms in float32 would leave three digits."""
+    torch.manual_seed(0)
+    loss = losses.CRD(1_281_167, dim=2, student_size=3, teacher_size=3).eval()
+    student, teacher, indices = torch.randn(16, 3), torch.randn(16, 3), torch.arange(16)
+    contrast = torch.randint(loss.samples, (16, 1 + loss.negatives))
+    value = loss(student, teacher, indices, contrast).item()
+    exact = loss.double()(student.double(), teacher.double(), indices, contrast).item()
+    assert value == pytest.approx(exact, rel=2e-6)
+
+
 def test_close_samples_keep_their_distances():
     """Distances within a tight cluster far from the others, where a Gram matrix in float32 has no digit left."""
     torch.manual_seed(0)
@@ -339,13 +351,34 @@ def test_dkd_is_exact_where_a_mask_of_minus_1000_is_not():
 
 
 @pytest.mark.slow
-def test_inductor_agrees():
-    torch.manual_seed(0)
-    for loss in (losses.DIST(), losses.PKD()):
-        shape = (8, 10) if loss.view == "logits" else (4, 6, 5, 5)
-        student, teacher = torch.randn(2, *shape)
-        compiled = torch.compile(loss, fullgraph=True)
-        torch.testing.assert_close(compiled(student, teacher), loss(student, teacher))
+@pytest.mark.parametrize("name", sorted(losses.LOSSES))
+def test_inductor_agrees(name):
+    """Both passes, compiled whole into code of the CPU."""
+    torch._dynamo.reset()
+    case = subject(name)
+    inputs = case.inputs()
+    loss = case.fitted(inputs)
+    expected = finite(case, copy.deepcopy(loss), inputs)
+    grads = [leaf.grad for leaf in leaves(inputs[0])]
+    again = (fresh(inputs[0]), *inputs[1:])
+    value = finite(case, torch.compile(loss, fullgraph=True), again)
+    torch._dynamo.reset()
+    if case.random:  # inductor draws other numbers
+        return
+    torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
+    for leaf, grad in zip(leaves(again[0]), grads, strict=True):
+        torch.testing.assert_close(leaf.grad, grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-18, 1e-6, 1e10, 1e18])
+def test_attention_does_not_depend_on_the_scale_of_a_map(scale):
+    """Powers of it would overflow, or vanish."""
+    features = maps()
+    for loss in (losses.AttentionTransfer(4), losses.AttentionTransfer(4, "paper")):
+        assert loss(scale * features, features).item() < 1e-6
+        assert loss(maps(), scale * features).isfinite()
+    negative = -maps().abs()
+    assert losses.AttentionTransfer(1)(scale * negative, negative).item() < 1e-6
 
 
 def test_small_values_keep_their_digits():

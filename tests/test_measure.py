@@ -197,8 +197,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for value in ready.student.parameters():
             value.mul_(1.5)
     for each in (ready, ready.baseline, *ready.teachers.values()):
-        runfolder.claim(each.recipe)
-        runfolder.finish(each.recipe, each.student, {"top1": 10.0}, 1.0)
+        with runfolder.claimed(each.recipe):
+            runfolder.finish(each.recipe, each.student, None, {"top1": 10.0}, 1.0)
     return folder
 
 

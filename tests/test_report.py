@@ -20,7 +20,8 @@ from kdlib.report import figures, page, report
 from kdlib.report.answers import answers
 from kdlib.report.opened import open_run
 from kdlib.report.timing import PARTS, time_step
-from kdlib.report.view import View, look
+from kdlib.report.verdict import verdict
+from kdlib.report.view import Row, View, look
 from recipes.riformer import run as riformer
 from tests.conftest import ROOT
 from tests.test_runs import files
@@ -164,6 +165,20 @@ def test_every_section_is_there_and_the_markup_is_sound(html: str) -> None:
     assert not re.search(r"\bnan\b|\bNone\b|<!--", html.partition("<details>")[0])
 
 
+def test_the_colours_of_similarity_have_a_scale(html: str) -> None:
+    import matplotlib
+
+    ends = [matplotlib.colors.to_hex(matplotlib.colormaps["viridis"](share)) for share in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    assert f"linear-gradient(90deg, {', '.join(ends)})" in html and "CKA 0 <i></i> 1" in html
+
+
+def test_a_model_has_one_colour_all_over_the_page(made: Path) -> None:
+    view = look(open_run(made, CPU), 0, alone=True)
+    curves = {line.label: line.css for line in view.lines}
+    diagrams = {one["what"]: set(re.findall(r"var\(--(s\d)\)", one["svg"])) for one in view.calibration}
+    assert diagrams == {what: {css} for what, css in curves.items()} and len(diagrams) == 4
+
+
 def test_nothing_is_fetched_and_nothing_runs(html: str) -> None:
     found = Page(html)
     assert all(link.startswith(("#", "data:image/png;base64,")) for link in found.links)
@@ -303,6 +318,9 @@ def test_several_runs_stand_side_by_side_with_what_sets_them_apart(made: Path, t
     assert "This run has no baseline" in found.text["changes"]
     students = [row[1] for row in found.rows["outcome"] if row[0].startswith("student")]
     assert students[1] == found.row("outcome", "baseline")[0]
+    points, error = re.findall(r"[\d.]+", found.row("outcome", "student")[1])
+    assert found.text[""].count(f"{points} ± {error} points") == 2, "against the baseline, and the other way round"
+    assert f"points above the student of {made.name}" in found.text[""] or "points below the student" in found.text[""]
 
 
 def test_a_run_without_weights_leads_to_a_page_that_says_so(made: Path, tmp_path: Path) -> None:
@@ -383,6 +401,21 @@ def test_the_calibration_error_is_the_mean_distance_from_the_line() -> None:
     certain = figures.reliability(torch.tensor([[100.0, -100.0]]), torch.tensor([0]))
     assert [(b.confidence, b.accuracy) for b in certain] == [(1.0, 1.0)] and figures.ece(certain) == 0
     assert figures.nll(sure(0.5), torch.tensor([1])) == pytest.approx(0.693147, abs=1e-5)
+
+
+def test_the_verdict_says_what_the_table_says_and_what_it_cannot_tell() -> None:
+    def row(what: str, top1: float | None, gain: tuple[float, float] | None = None) -> Row:
+        return Row(what, "net", top1, gain, None, None, None, "")
+
+    teachers = [row("teacher wide", 83.85), row("teacher twin", 81.65), row("teacher gone", None)]
+    said = verdict([*teachers, row("baseline", 80.9), row("student", 83.3, (2.4, 0.46))], 4000)
+    assert said == (
+        "The student is right on 83.30 % of 4,000 test images, 2.40 ± 0.46 points above the baseline, "
+        "0.55 points below teacher wide."
+    )
+    said = verdict([row("student", 82.25, (-0.57, 0.43))], 4000)
+    assert said.endswith("0.57 ± 0.43 points below the baseline (no more than chance among these images).")
+    assert verdict([row("student", None), *teachers], 10) == ""
 
 
 def test_cases_confusions_and_samples_are_counted() -> None:

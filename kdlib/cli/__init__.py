@@ -6,12 +6,16 @@ does for recipes: 0 is done, 2 an input that is wrong, 1 a disk that failed, 130
 
 from __future__ import annotations
 
+import re
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from importlib import import_module
+from textwrap import fill
 from typing import Any, NoReturn
+
+from ..config import one_line
 
 VERBS = {
     "inspect": "the modules of a model: tap names, shapes, layouts, parameters, FLOPs",
@@ -23,6 +27,21 @@ VERBS = {
 }
 """Verb to what it does; each is a file here, with ``arguments(parser)`` and ``run(options)``."""
 WRONG_INPUT, FAILED, STOPPED = 2, 1, 130
+CODES = "Ends with 0 when done, 2 for an input that is wrong, 1 for a disk that failed, 130 after Ctrl-C."
+
+
+class Help(RawDescriptionHelpFormatter):
+    """Descriptions as wide as the terminal; lines that are indented, examples and tables, stay as they are."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        parts = text.strip().split("\n\n")
+        return "\n\n".join(
+            part if part.startswith(" ") or "\n " in part else self._prose(part, width) for part in parts
+        )
+
+    @staticmethod
+    def _prose(text: str, width: int) -> str:
+        return fill(text, width, break_long_words=False, break_on_hyphens=False)
 
 
 class Parser(ArgumentParser):
@@ -30,7 +49,7 @@ class Parser(ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         known = [*self._option_string_actions, *VERBS]
-        words = [word.strip("',") for word in message.replace("=", " ").split() if word.strip("',") not in known]
+        words = [word for word in re.split(r"[\s=',:]+", message) if word not in known]
         near = [match for word in words if len(word) > 3 for match in get_close_matches(word, known, n=1, cutoff=0.75)]
         hint = f"; did you mean {near[0]}?" if near else f"; see {self.prog} --help"
         self.exit(WRONG_INPUT, f"{self.prog}: {' '.join(message.split())}{hint}\n")
@@ -57,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         code = FAILED if isinstance(error, OSError) else WRONG_INPUT
         if isinstance(error, OSError | ValueError):
-            return _fail(getattr(error, "lines", None) or [f"{_line(error)} (--debug shows where)"], code)
+            return _fail(getattr(error, "lines", None) or [f"{one_line(error)} (--debug shows where)"], code)
         raise
     except KeyboardInterrupt:
         if options.debug:
@@ -74,8 +93,8 @@ def _verb(given: Sequence[str]) -> str:
     parser = Parser(
         "kdlib",
         "kdlib VERB …  (kdlib VERB --help says more)",
-        f"Knowledge distillation for PyTorch.\n\nverbs:\n{lines}",
-        formatter_class=RawDescriptionHelpFormatter,
+        f"Knowledge distillation for PyTorch.\n\nverbs:\n{lines}\n\n{CODES}",
+        formatter_class=Help,
     )
     parser.add_argument("--version", action="store_true", help="the version of kdlib")
     if given and given[0] in VERBS:
@@ -93,9 +112,7 @@ def _verb(given: Sequence[str]) -> str:
 
 def _parser(verb: str) -> Parser:
     module = import_module(f".{verb}", __package__)
-    parser = Parser(
-        f"kdlib {verb}", description=module.__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(f"kdlib {verb}", description=module.__doc__, formatter_class=Help, allow_abbrev=False)
     module.arguments(parser)
     every = parser.add_argument_group("for every verb")
     every.add_argument(
@@ -117,7 +134,9 @@ def _import(names: Iterable[str]) -> None:
         try:
             import_module(name)
         except ImportError as error:
-            raise ValueError(f"--import {name}: cannot be imported ({_line(error)}); start where it can be") from error
+            raise ValueError(
+                f"--import {name}: cannot be imported ({one_line(error)}); start where it can be"
+            ) from error
 
 
 def of_imports(options: Namespace, what: str) -> Any:
@@ -125,10 +144,6 @@ def of_imports(options: Namespace, what: str) -> Any:
     return next(
         (getattr(sys.modules[name], what) for name in options.imports if hasattr(sys.modules[name], what)), None
     )
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _fail(lines: Iterable[str], code: int) -> int:

@@ -3,10 +3,12 @@
   kdlib doctor recipes/riformer/configs/default.yaml --import recipes.riformer.run
   kdlib doctor my.yaml epochs=30 terms.soft.weight=2 --compile inductor
 
-It tells what each teacher reaches on test images as this run prepares them, what each term weighs (value, gradient norm
+It tells what each teacher reaches on test images as this run prepares them, beside what it should (--expect wide=82.9,
+or its own finished run), what each term weighs (value, gradient norm
 at the student, share of it, cosine with the gradient of the labels) with a proposal that balances the gradient norms,
 whether a step compiles whole, and how much time and memory the run and those before it will take.
-From Python: kdlib.doctor.doctor(recipe).
+
+From Python: kdlib.doctor.doctor(recipe), where recipe is kdlib.recipe.load(kdlib.launch.read_config(["my.yaml"])).
 """
 
 from __future__ import annotations
@@ -22,6 +24,13 @@ def arguments(parser: ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", nargs="+", help="config files and key=value, as for run.py")
     parser.add_argument("--batches", type=int, default=4, metavar="N", help="batches to look at (default: 4)")
     parser.add_argument("--images", type=int, default=512, metavar="N", help="test images for teachers (default: 512)")
+    parser.add_argument(
+        "--expect",
+        action="append",
+        default=[],
+        metavar="TEACHER=TOP1",
+        help="the top-1 in percent that a teacher's source claims; what its own finished run reached is known",
+    )
     parser.add_argument(
         "--compile",
         choices=("aot_eager", "inductor", "off"),
@@ -47,6 +56,7 @@ def run(options: Namespace) -> None:
             convert=of_imports(options, "convert"),
             batches=options.batches,
             images=options.images,
+            expect=dict(map(_claim, options.expect)),
             backend=None if options.compile == "off" else options.compile,
         )
     except ConfigError as error:
@@ -55,25 +65,35 @@ def run(options: Namespace) -> None:
     _show(found)
 
 
+def _claim(text: str) -> tuple[str, float]:
+    """``wide=82.9`` taken apart."""
+    name, _, value = text.partition("=")
+    try:
+        return name, float(value)
+    except ValueError:
+        raise ValueError(f"--expect {text}: write TEACHER=TOP1, a top-1 in percent, as in wide=82.9") from None
+
+
 def _show(found: Diagnosis) -> None:
     from ..doctor import as_assignments
     from ..progress import say
     from .show import show_table
 
     if found.teachers:
-        head = ("teacher", "model", "weights", "top-1 %", "on", "its images")
+        head = ("teacher", "model", "weights", "top-1 %", "expected", "on", "its images")
         rows = [
             (
                 t.name,
                 t.model,
                 t.source,
                 "other classes" if t.top1 is None else f"{t.top1:.2f}",
+                "-" if t.expected is None else f"{t.expected:.2f}",
                 f"{t.images:,}",
                 t.bridge,
             )
             for t in found.teachers
         ]
-        show_table(head, rows, right=("top-1 %", "on"))
+        show_table(head, rows, right=("top-1 %", "expected", "on"))
         say("")
     columns = ("term", "weight", "value", "gradient", "share", "cosine", "balanced")
     show_table(

@@ -12,7 +12,8 @@
 
 A fused RIFormer is no architecture of timm's: its timm folder loads where recipes.riformer.model was imported; where
 kdlib is not, take onnx or torch-export. Each export is a folder with a model card (README.md).
-From Python: kdlib.export.export(kdlib.models.find_model("runs/riformer"), "onnx", folder).
+
+From Python: kdlib.export.export(kdlib.models.find_model("runs/mine"), "onnx", folder).
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@
   kdlib inspect runs/riformer --import recipes.riformer.run
 
 A name in the list taps what that module returns; with :input behind it, what it is given.
-From Python: kdlib.inspect.inspect(model, images).
+
+From Python: kdlib.inspect.inspect(model, images); kdlib.models.find_model(MODEL).model is the model.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ def run(options: Namespace) -> None:
     from ..progress import say
     from .show import short_number, show_table, times
 
+    if options.depth is not None and options.depth < 1:
+        raise ValueError(f"--depth is at least 1, got {options.depth}")
     found = find_model(options.model, options.image_size)
     nodes = inspect(found.model, found.noise(1), options.depth, options.pattern)
     rows = []

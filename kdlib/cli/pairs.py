@@ -7,6 +7,7 @@ With --pattern: the plan as a run would make it (pairs, layouts, shapes, adapter
 the linear CKA of all blocks with all blocks as a heat map, the pairs in order of depth with the largest sum of it,
 their plan, and the lines for a config. Untrained models show what their wiring alone makes alike: ask with trained
 weights, e.g. '{name: resnet34, pretrained: true}'.
+
 From Python: kdlib.pair, kdlib.fit, kdlib.pairs.alike, kdlib.pairs.suggest.
 """
 
@@ -102,6 +103,8 @@ def _compare(student: Found, teacher: Found, options: Namespace) -> None:
     )
     rows = [(p.student, p.teacher, f"{likeness[i, j]:.3f}") for p, (i, j) in zip(pairs, chosen, strict=True)]
     show_table(("student", "teacher", "CKA"), rows, right=("CKA",))
+    if untrained := list(dict.fromkeys(found.name for found in (student, teacher) if found.trained is False)):
+        say(f"! random weights: {', '.join(untrained)}; this shows what the wiring alone makes alike")
     say(f'\n{_plan(student, teacher, pairs, options.view)}\n\n# to paste; "teacher" is its name in the recipe')
     say(as_yaml(pairs))
 

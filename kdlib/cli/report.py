@@ -5,7 +5,9 @@
 
 On the page: the outcome table, curves, change by class, agreement with the teacher, calibration, similarity of blocks
 before and after training, what changed with images, time of a step, config and versions; several runs side by side.
-What is missing in a run is said there. From Python: kdlib.report.report([folder, …], file).
+What is missing in a run is said there.
+
+From Python: kdlib.report.report([folder, …], file).
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ def run(options: Namespace) -> None:
     from . import of_imports
 
     out = options.out or (options.runs[0] if len(options.runs) == 1 else Path()) / "report.html"
-    if not out.absolute().parent.is_dir():
+    if options.out is not None and not out.absolute().parent.is_dir():
         raise ConfigError([f"{out}: no folder {out.absolute().parent}; name a file in one that is there by --out"])
     convert: Any = of_imports(options, "convert")
     report(options.runs, out, convert)

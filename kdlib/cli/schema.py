@@ -5,6 +5,7 @@
 
 The line is # yaml-language-server: $schema=PATH, the path relative to the config; editors with the YAML language server
 (VS Code, Neovim, Emacs, Helix) read it. The schema lies beside the code, in kdlib/recipe/schema.json.
+
 From Python: kdlib.recipe.json_schema().
 """
 

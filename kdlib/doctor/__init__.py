@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from accelerate import Accelerator
@@ -45,6 +45,7 @@ def doctor(
     *,
     batches: int = 4,
     images: int = 512,
+    expect: Mapping[str, float] | None = None,
     backend: str | None = "aot_eager",
 ) -> Diagnosis:
     """Builds the run as it would be made, and looks at it.
@@ -56,14 +57,16 @@ def doctor(
         convert: as for ``runs.run``.
         batches: over so many the terms are weighed, and so many steps are timed.
         images: on so many test images teachers are measured.
+        expect: teacher to the top-1 in percent that its source claims for it; finished runs are known.
         backend: of ``torch.compile``, or None to leave compilation out.
 
     Raises:
         ConfigError: whatever a run of this recipe would refuse.
+        ValueError: ``expect`` names no teacher of the recipe.
     """
     accelerator = accelerator or runs.start(recipe)
     ready = runs.get_ready(recipe, accelerator, convert)
-    teachers = examine(ready, accelerator, images)
+    teachers = examine(ready, accelerator, images, expect)
     if recipe.student.init is not None:
         inherit(ready.student, ready.panel[recipe.student.init])
     set_seed(recipe.seed)
@@ -101,6 +104,12 @@ def _warnings(teachers: list[Examined], terms: list[Weighed]) -> Iterator[str]:
             continue
         if not one.trained:
             yield f"teacher {one.name} is not trained yet ({one.source}); its terms say little before it is"
+        elif one.short:
+            yield (
+                f"teacher {one.name} is right on {one.top1:.1f} %, expected are {one.expected:.2f} (± {one.margin:.1f} "
+                f"on {one.images:,} images): are its images prepared as for its training (teachers.{one.name}.mean, "
+                ".std, .size, data.crop_pct), and are the classes in its order?"
+            )
         elif one.top1 < 2 * one.chance:
             yield (
                 f"teacher {one.name} is right on {one.top1:.1f} %, by chance it would be on {one.chance:.1f} %: its "

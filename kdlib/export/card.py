@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .formats import Context
 
 CARD = """---
-library_name: timm
+library_name: {library}
 pipeline_tag: image-classification
 tags: [image-classification, knowledge-distillation, kdlib]
 ---
@@ -52,6 +52,9 @@ Needs {needs}.
 Classes, in the order of the logits: {labels}.
 """
 
+LIBRARIES = {"onnx": "onnx", "torch-export": "pytorch"}
+"""Format to what the hub calls the library that loads it, where that is not timm."""
+
 
 def write_card(context: Context, done: Exported, load: Callable[[Context], str], folder: Path) -> None:
     """``README.md`` of an export."""
@@ -59,6 +62,7 @@ def write_card(context: Context, done: Exported, load: Callable[[Context], str],
     recipe, data = found.recipe, found.data
     assert recipe is not None and data is not None
     text = CARD.format(
+        library=LIBRARIES.get(done.format, "timm"),
         name=context.name,
         classes=len(data.classes),
         version=__version__,

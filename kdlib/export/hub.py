@@ -11,7 +11,12 @@ import torch
 from timm.models import save_for_hf
 
 from ..config import ConfigError
+from ..data import CROP_PCT, INTERPOLATION
+from ..data.loaders import ArrayLoader
 from ..models import Found
+
+OF_ARCHITECTURE = ("first_conv", "classifier", "fixed_input_size")
+"""All that is kept of timm's word on an architecture; licence, papers and image sizes are those of other weights."""
 
 if TYPE_CHECKING:
     from .formats import Context, Model
@@ -36,11 +41,10 @@ def write_folder(context: Context, folder: Path) -> None:
     found, model = context.found, copy.deepcopy(context.model)
     assert found.data is not None
     model = model.to(memory_format=torch.contiguous_format)
-    prepared = {"mean": found.mean, "std": found.std, "input_size": found.shape, "num_classes": len(found.data.classes)}
     named = {"architecture": context.name, "first_conv": None, "classifier": None}
-    kept: dict[str, Any] = dict(getattr(model, "pretrained_cfg", None) or {})
-    kept = {key: value for key, value in kept.items() if key not in ("url", "hf_hub_id", "tag", "label_names")}
-    setattr(model, "pretrained_cfg", named | kept | prepared)  # noqa: B010  a plain attribute, not a submodule
+    told: dict[str, Any] = dict(getattr(model, "pretrained_cfg", None) or {})
+    kept = {key: told[key] for key in OF_ARCHITECTURE if key in told}
+    setattr(model, "pretrained_cfg", named | kept | prepared(found))  # noqa: B010  a plain attribute, not a submodule
     save_for_hf(
         model,
         str(folder),
@@ -48,6 +52,21 @@ def write_folder(context: Context, folder: Path) -> None:
         model_args=build_args(found, context.arguments),
         safe_serialization=True,
     )
+
+
+def prepared(found: Found) -> dict[str, Any]:
+    """How the run's test images were prepared, in timm's words: images in memory are resized, never cropped."""
+    assert found.recipe is not None and found.data is not None
+    told = {"crop_pct": 1.0} if isinstance(found.data.test, ArrayLoader) else found.recipe.data
+    return {
+        "mean": found.mean,
+        "std": found.std,
+        "input_size": found.shape,
+        "num_classes": len(found.data.classes),
+        "crop_pct": told.get("crop_pct", CROP_PCT),
+        "crop_mode": "center",
+        "interpolation": told.get("interpolation", INTERPOLATION),
+    }
 
 
 def read_folder(context: Context, folder: Path) -> Model:

@@ -10,14 +10,21 @@ from torch import Tensor
 def unit(x: Tensor, dim: int | tuple[int, int] = -1, eps: float = 1e-12) -> Tensor:
     """``x`` at unit length along ``dim``; a zero vector stays zero and has a gradient of ordinary size."""
     length = torch.linalg.vector_norm(x, dim=dim, keepdim=True)
-    return x / torch.where(length > eps, length, 1.0)
+    return x / (length + (length <= eps))
 
 
-def cosine_gap(a: Tensor, b: Tensor, dim: int) -> Tensor:
+def cosine_gap(a: Tensor, b: Tensor, dim: int, eps: float = 1e-12) -> Tensor:
     """``1 − cos`` along ``dim``, 1 beside a zero vector; as ``|u − v|² / 2``, which keeps its digits near equality."""
-    u, v = unit(a, dim), unit(b, dim)
-    zeros = (1 - u.detach().norm(dim=dim).round()) + (1 - v.detach().norm(dim=dim).round())
-    return ((u - v).square().sum(dim) + zeros) / 2
+    length_a, length_b = (torch.linalg.vector_norm(x, dim=dim, keepdim=True) for x in (a, b))
+    zero_a, zero_b = length_a <= eps, length_b <= eps
+    gap = a / (length_a + zero_a) - b / (length_b + zero_b)
+    missing = (zero_a.to(gap.dtype) + zero_b).squeeze(dim)  # of the lengths that the units have
+    return (torch.linalg.vector_norm(gap, dim=dim).square() + missing) / 2
+
+
+def over(x: Tensor, temperature: float) -> Tensor:
+    """``x / temperature``; ``x`` itself at 1."""
+    return x if temperature == 1 else x / temperature
 
 
 def mean_square(s: Tensor, t: Tensor) -> Tensor:
@@ -32,14 +39,20 @@ def mean_square(s: Tensor, t: Tensor) -> Tensor:
 
 
 def gram_gap(s: Tensor, t: Tensor) -> Tensor:
-    """``Σ ‖SSᵀ − TTᵀ‖²`` over a batch of ``(…, N, C)`` and ``(…, N, C')``, in the cheaper of its exact forms."""
+    """``Σ ‖SSᵀ − TTᵀ‖²`` over a batch of ``(…, N, C)`` and ``(…, N, C')``, in the cheapest of its exact forms.
+
+    Where ``C = C'``, it is ``‖M + Mᵀ‖² / 4`` with ``M = (S + T)(S − T)ᵀ``: nothing cancels as the two come close.
+    """
     n, c_s, c_t = s.shape[-2], s.shape[-1], t.shape[-1]
-    channel_form = 5 * c_s * c_t if c_s == c_t else c_s * c_s + c_t * c_t + c_s * c_t
-    if n * (c_s + c_t) <= channel_form:
-        return F.mse_loss(s @ s.mT, t @ t.mT, reduction="sum")
     if c_s == c_t:
-        d = s - t
-        return ((s.mT @ s + t.mT @ t) * (d.mT @ d)).sum() + 2 * ((s.mT @ d) * (d.mT @ t)).sum()
+        total, gap = s + t, s - t
+        if n <= 3 * c_s:
+            m = total @ gap.mT
+            return (m + m.mT).square().sum() / 4
+        crossed = total.mT @ gap
+        return ((total.mT @ total) * (gap.mT @ gap) + crossed * crossed.mT).sum() / 2
+    if n * (c_s + c_t) <= c_s * c_s + c_t * c_t + c_s * c_t:
+        return (s @ s.mT - t @ t.mT).square().sum()
     return (s.mT @ s).square().sum() + (t.mT @ t).square().sum() - 2 * (s.mT @ t).square().sum()
 
 

@@ -136,7 +136,8 @@ def full_precision(forward: Compute) -> Compute:
     """Decorates a loss's ``forward``: float32 at least, autocast off, and nothing but the student gets a gradient.
 
     Half-precision Grams and distances overflow or lose every digit, and under autocast even a float32 matrix product is
-    rounded to bfloat16. float64 stays float64. Inputs may be tensors or lists of tensors.
+    rounded to bfloat16. A float64 student stays float64, and what it is against takes its precision. Inputs may be
+    tensors or lists of tensors; a teacher that ran in ``torch.inference_mode`` is copied, for backward to read it.
 
     ``torch.compile`` compiles the backward pass under the autocast of the forward pass, unless
     ``torch._functorch.config.backward_pass_autocast`` is ``"off"``, as kdlib's own loop sets it.
@@ -144,16 +145,26 @@ def full_precision(forward: Compute) -> Compute:
 
     @wraps(forward)
     def wrapped(self: nn.Module, student: Any, *against: Any) -> Tensor:
-        device = (student[0] if isinstance(student, (list, tuple)) else student).device.type
-        with torch.autocast("cpu" if device == "meta" else device, enabled=False):  # meta has no autocast to turn off
-            detach = not getattr(self, "follows_teacher", False)
-            return forward(self, _lift(student), *(_lift(x, detach) for x in against))
+        first = student[0] if isinstance(student, (list, tuple)) and student else student
+        if not first.numel():
+            raise ValueError(f"{type(self).__name__} is given an empty batch, of shape {tuple(first.shape)}")
+        device = "cpu" if first.device.type == "meta" else first.device.type  # meta has no autocast to turn off
+        dtype = torch.promote_types(first.dtype, torch.float32)
+        detach = not getattr(self, "follows_teacher", False)
+        student, given = _lift(student, dtype), [_lift(x, dtype, detach) for x in against]
+        if not torch.is_autocast_enabled(device):  # to enter the context takes longer than many a loss
+            return forward(self, student, *given)
+        with torch.autocast(device, enabled=False):
+            return forward(self, student, *given)
 
     return wrapped  # type: ignore[return-value]
 
 
-def _lift(x: Any, detach: bool = False) -> Any:
+def _lift(x: Any, dtype: torch.dtype, detach: bool = False) -> Any:
     if isinstance(x, (list, tuple)):  # torch 2.6 cannot compile list | tuple here
-        return [_lift(item, detach) for item in x]
-    x = x.detach() if detach else x
-    return x.to(torch.promote_types(x.dtype, torch.float32)) if x.is_floating_point() else x
+        return [_lift(item, dtype, detach) for item in x]
+    if detach:
+        x = x.detach()
+        if not torch.compiler.is_compiling() and x.is_inference() and torch.is_grad_enabled():
+            x = x.clone()
+    return x.to(dtype) if x.is_floating_point() else x

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .algebra import cosine_gap, gram_gap
+from .algebra import cosine_gap, gram_gap, over
 from .base import Loss, full_precision
 from .checks import check_alike, check_choice, check_positive
 
@@ -56,8 +56,8 @@ class DIST(Loss):
     @full_precision
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         check_alike(self, student, teacher, "B K")
-        p = (student / self.temperature).softmax(dim=-1)
-        q = (teacher / self.temperature).softmax(dim=-1)
+        p = over(student, self.temperature).softmax(dim=-1)
+        q = over(teacher, self.temperature).softmax(dim=-1)
         inter, intra = (self._distance(p, q, dim).mean() for dim in (1, 0))
         return (self.beta * inter + self.gamma * intra) * (self.temperature**2 if self.variant == "code" else 1)
 
@@ -101,8 +101,8 @@ class ClassCorrelation(Loss):
     @full_precision
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         check_alike(self, student, teacher, "B K")
-        p = (student / self.temperature).softmax(dim=-1)
-        q = (teacher / self.temperature).softmax(dim=-1)
+        p = over(student, self.temperature).softmax(dim=-1)
+        q = over(teacher, self.temperature).softmax(dim=-1)
         return gram_gap(p.mT, q.mT) / p.shape[1]
 
     def extra_repr(self) -> str:
@@ -138,8 +138,10 @@ class BatchCorrelation(Loss):
     @full_precision
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         check_alike(self, student, teacher, "B K")
-        p = (student / self.temperature).softmax(dim=-1)
-        q = (teacher / self.temperature).softmax(dim=-1)
+        p = over(student, self.temperature).softmax(dim=-1)
+        q = over(teacher, self.temperature).softmax(dim=-1)
+        # every row sums to 1, so that 1 / K may be taken off: it is most of a flat row, and would cost three digits
+        p, q = p - p.mean(dim=-1, keepdim=True), q - q.mean(dim=-1, keepdim=True)
         return gram_gap(p, q) / p.shape[0]
 
     def extra_repr(self) -> str:

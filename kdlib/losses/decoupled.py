@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from .algebra import over
 from .base import Loss, full_precision
 from .checks import check_alike, check_labels, check_positive
 
@@ -47,12 +49,17 @@ class DKD(Loss):
         check_alike(self, student, teacher, "B K")
         check_labels(self, student, labels)
         target = target_mask(student, labels)
-        student, teacher = student / self.temperature, teacher / self.temperature
-        log_q, log_p = _target_and_rest(student, target), _target_and_rest(teacher, target)
-        binary = (log_p.exp() * (log_p - log_q)).sum()
-        log_q, log_p = _others(student, target), _others(teacher, target)
+        parts = []
+        for logits in (student, teacher):
+            logits = over(logits, self.temperature)
+            rest = logits.masked_fill(target, -torch.inf)
+            pair = torch.cat([logits.gather(1, labels.long()[:, None]), rest.logsumexp(-1, keepdim=True)], dim=-1)
+            parts += [pair.log_softmax(-1), rest.log_softmax(-1)]
+        pair_q, log_q, pair_p, log_p = parts
+        binary = F.kl_div(pair_q, pair_p, reduction="sum", log_target=True)
         others = (log_p.exp() * (log_p - log_q).masked_fill(target, 0)).sum()
-        return (self.alpha * binary + self.beta * others) * self.temperature**2 / len(student)
+        scale = self.temperature**2 / len(student)
+        return self.alpha * scale * binary + self.beta * scale * others
 
     def extra_repr(self) -> str:
         return f"alpha={self.alpha}, beta={self.beta}, temperature={self.temperature}"
@@ -97,7 +104,7 @@ class NKD(Loss):
         target = target_mask(student, labels)
         p_target = teacher.softmax(dim=-1).gather(1, labels.long()[:, None])
         log_q_target = student.log_softmax(dim=-1).gather(1, labels.long()[:, None])
-        log_q, log_p = _others(student / self.temperature, target), _others(teacher / self.temperature, target)
+        log_q, log_p = (_others(over(x, self.temperature), target) for x in (student, teacher))
         others = (log_p.exp() * log_q.masked_fill(target, 0)).sum()
         return -((p_target * log_q_target).sum() + self.gamma * self.temperature**2 * others) / len(student)
 
@@ -107,17 +114,10 @@ class NKD(Loss):
 
 def target_mask(logits: Tensor, labels: Tensor) -> Tensor:
     """``(B, K)``: True at each sample's label."""
-    return labels[:, None] == torch.arange(logits.shape[-1], device=logits.device)
+    nowhere = torch.zeros_like(logits, dtype=torch.bool)
+    return nowhere.scatter_(1, labels.long()[:, None], True)  # which a label that is no class makes fail
 
 
 def _others(logits: Tensor, target: Tensor) -> Tensor:
     """Log of the softmax over the classes that are not the target; ``-inf`` at the target."""
     return logits.masked_fill(target, -torch.inf).log_softmax(dim=-1)
-
-
-def _target_and_rest(logits: Tensor, target: Tensor) -> Tensor:
-    """``(B, 2)``: log-probabilities of the target and of all other classes together."""
-    log_p = logits.log_softmax(dim=-1)
-    return torch.stack(
-        [log_p.masked_fill(~target, 0).sum(dim=-1), log_p.masked_fill(target, -torch.inf).logsumexp(dim=-1)], dim=-1
-    )

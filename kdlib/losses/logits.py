@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from .algebra import over
 from .base import Loss, full_precision
 from .checks import check_alike, check_positive
 
@@ -37,9 +38,9 @@ class SoftTarget(Loss):
     @full_precision
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         check_alike(self, student, teacher, "B K")
-        log_p = F.log_softmax(student / self.temperature, dim=-1)
-        log_q = F.log_softmax(teacher / self.temperature, dim=-1)
-        return F.kl_div(log_p, log_q, reduction="batchmean", log_target=True) * self.temperature**2
+        log_p = F.log_softmax(over(student, self.temperature), dim=-1)
+        log_q = F.log_softmax(over(teacher, self.temperature), dim=-1)
+        return F.kl_div(log_p, log_q, reduction="sum", log_target=True) * (self.temperature**2 / len(student))
 
     def extra_repr(self) -> str:
         return f"temperature={self.temperature}"
@@ -113,7 +114,7 @@ class CrossEntropy(Loss):
                 f"CrossEntropy takes logits (B, K) with labels int64 (B,) or float (B, K), got logits "
                 f"{tuple(student.shape)} with labels {tuple(labels.shape)} of {labels.dtype}"
             )
-        return F.cross_entropy(student, labels, label_smoothing=self.label_smoothing)
+        return F.cross_entropy(student, labels if soft else labels.long(), label_smoothing=self.label_smoothing)
 
     def extra_repr(self) -> str:
         return f"label_smoothing={self.label_smoothing}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from .algebra import over
 from .base import Loss, full_precision
 from .checks import check_alike, check_positive
 
@@ -73,10 +74,10 @@ class WTTM(Loss):
     @full_precision
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         check_alike(self, student, teacher, "B K")
-        log_u = (self.exponent * F.log_softmax(teacher, dim=-1)).logsumexp(dim=-1)
-        log_r = F.log_softmax(self.exponent * teacher, dim=-1)
-        gap = F.kl_div(F.log_softmax(student, dim=-1), log_r, reduction="none", log_target=True).sum(dim=-1)
-        return (log_u.exp() * gap).mean()
+        powers = self.exponent * F.log_softmax(teacher, dim=-1)
+        log_r = F.log_softmax(powers, dim=-1)
+        # r · U is what softmax(teacher)^exponent is
+        return (powers.exp() * (log_r - F.log_softmax(student, dim=-1))).sum() / len(student)
 
     def extra_repr(self) -> str:
         return f"exponent={self.exponent}"
@@ -110,10 +111,10 @@ class Binary(Loss):
     @full_precision
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         check_alike(self, student, teacher, "B K")
-        student, teacher = student / self.temperature, teacher / self.temperature
+        student, teacher = over(student, self.temperature), over(teacher, self.temperature)
         yes = teacher.sigmoid() * (F.logsigmoid(teacher) - F.logsigmoid(student))
         no = (-teacher).sigmoid() * (F.logsigmoid(-teacher) - F.logsigmoid(-student))
-        return (yes + no).sum() * self.temperature**2 / len(student)
+        return (yes + no).sum() * (self.temperature**2 / len(student))
 
     def extra_repr(self) -> str:
         return f"temperature={self.temperature}"

@@ -99,6 +99,7 @@ class CRD(Learned):
     @full_precision
     def forward(self, student: Tensor, teacher: Tensor, indices: Tensor, contrast: Tensor | None = None) -> Tensor:
         self.require_fit()
+        indices = indices.long()
         if student.ndim != 2 or teacher.ndim != 2 or not len(student) == len(teacher) == indices.numel():
             raise ValueError(
                 f"CRD takes embeddings (B, D) and indices (B,) of one batch, got student {tuple(student.shape)}, "
@@ -117,11 +118,11 @@ class CRD(Learned):
                 self._remember(indices, u_s, u_t)
         return (self._estimate(scores_s, z[0]) + self._estimate(scores_t, z[1])) / len(student)
 
-    def _scale(self, *scores: Tensor) -> Tensor:
+    def _scale(self, *sides: Tensor) -> Tensor:
         """``Z`` of both sides, ``(2,)``."""
         if self.variant == "paper":
-            return scores[0].new_ones(2)
-        first = _mean_over_ranks(torch.stack([x.exp().mean() for x in scores])) * self.samples
+            return sides[0].new_ones(2)
+        first = _mean_over_ranks(torch.stack([x.exp().mean() for x in sides])) * self.samples
         return torch.where(self.z > 0, self.z.to(first.dtype), first)
 
     def _scores(self, memory: Tensor, u: Tensor, contrast: Tensor) -> Tensor:
@@ -132,10 +133,13 @@ class CRD(Learned):
         return torch.einsum("bnd,bd->bn", memory[contrast].to(u.dtype), u) / self.temperature
 
     def _estimate(self, scores: Tensor, z: Tensor) -> Tensor:
-        log_e, c = scores - z.log(), (scores.shape[1] - 1) / self.samples
+        """The sum over one side. Negatives come as ``log(1 + (e + eps) / c)``: small numbers, of which a million add up
+        without losing their digits."""
+        c = (scores.shape[1] - 1) / self.samples
+        log_e = scores - (z.log() + math.log(c))  # of e / c
         eps = 1e-7 if self.variant == "code" else 0.0
-        log_all = torch.logaddexp(log_e, torch.full_like(log_e, math.log(c + eps)))
-        return log_all.sum() - log_e[:, 0].sum() - math.log(c) * log_e[:, 1:].numel()
+        log_all = torch.logaddexp(log_e, torch.full_like(log_e, math.log1p(eps / c)))
+        return log_all.sum() - log_e[:, 0].sum()
 
     def _remember(self, indices: Tensor, u_s: Tensor, u_t: Tensor) -> None:
         indices = gather(indices)

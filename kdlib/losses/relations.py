@@ -14,13 +14,13 @@ class GramRelation(Loss):
     Shapes: student tokens ``(B, N, C)``, teacher tokens ``(B, N, C')``; the numbers of channels may differ.
     Mean over images and over the ``N × N`` pairs. Floor: 0. No labels.
 
-    Computed in the cheaper of its exact forms. Where ``N`` is small, the ``N × N`` Grams are compared as written. Else
-    only channel Grams are formed: with ``D = S − T``,
+    Computed in the cheapest of its exact forms. With ``A = S + T`` and ``D = S − T``, ``SSᵀ − TTᵀ = (ADᵀ + DAᵀ) / 2``:
+    one ``N × N`` product where ``N`` is small. Else only channel Grams are formed,
 
-    ``‖SSᵀ − TTᵀ‖² = ‖SDᵀ + DTᵀ‖² = ⟨SᵀS + TᵀT, DᵀD⟩ + 2 ⟨SᵀD, DᵀT⟩``,
+    ``‖SSᵀ − TTᵀ‖² = (⟨AᵀA, DᵀD⟩ + ⟨AᵀD, DᵀA⟩) / 2``,
 
-    every summand of which vanishes with ``D``, so nothing cancels as the student comes close; with ``C ≠ C'`` it is
-    ``‖SᵀS‖² + ‖TᵀT‖² − 2 ‖SᵀT‖²``.
+    every summand of which vanishes with ``D``, so nothing cancels as the student comes close. With ``C ≠ C'`` the Grams
+    are compared as written, or it is ``‖SᵀS‖² + ‖TᵀT‖² − 2 ‖SᵀT‖²``.
 
     Args:
         normalize: tokens are scaled to unit length first, so that the relation is their cosine.

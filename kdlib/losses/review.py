@@ -20,7 +20,8 @@ class ReviewKD(Learned):
 
     At each level, from the deepest: ``x = bn(conv1×1(s))``; but for the deepest, the carry from below is resized to it
     (nearest) and mixed in, ``x ← g₁ x + g₂ carry`` with ``(g₁, g₂) = σ(conv1×1([x, carry]))``; ``x``, resized to the
-    teacher's grid, is the next carry, and ``bn(conv3×3(x))`` is compared with the teacher's level.
+    teacher's grid, is the next carry, and ``bn(conv3×3(x))`` is compared with the teacher's level; each level counts by
+    its mean over elements, and levels are summed.
 
     Shapes: lists, shallow to deep, of student maps ``(B, C_k, H, W)`` and teacher maps ``(B, C'_k, H', W')``, where a
     deepest pair of vectors ``(B, C)`` counts as 1×1 maps. Learns the fusion; its batch norms use the batch's statistics

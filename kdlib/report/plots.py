@@ -126,13 +126,11 @@ def diagram(bins: Sequence[Bin], number: int) -> str:
         places = [b.confidence for b in bins]
         axes.bar(places, heights, width=0.035, color=RULE)
         firm = [b for b in bins if b.count >= FEW]
-        axes.plot(
-            [b.confidence for b in firm], [b.accuracy for b in firm], color=colour(number), marker="o", markersize=3
-        )
+        points = [b.confidence for b in firm], [b.accuracy for b in firm]
+        axes.plot(*points, color=colour(number), marker="o", markersize=3, clip_on=False)
         rest = [b for b in bins if b.count < FEW]
-        axes.plot(
-            [b.confidence for b in rest], [b.accuracy for b in rest], "o", mec=colour(number), mfc="none", ms=3, mew=0.7
-        )
+        points = [b.confidence for b in rest], [b.accuracy for b in rest]
+        axes.plot(*points, "o", mec=colour(number), mfc="none", ms=3, mew=0.7, clip_on=False)
         axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="share right", aspect="equal")
         axes.set_xticks([0, 0.5, 1])
         axes.set_yticks([0, 0.5, 1])
@@ -145,17 +143,20 @@ def heat(values: Tensor, rows: Sequence[str], columns: Sequence[str], ylabel: st
     tall, wide = values.shape
     with _figure(3.4, min(4.2, 0.9 + 2.5 * max(tall / wide, 0.5)), found.append) as axes:
         axes.grid(False)
-        axes.pcolormesh(values.clamp(0, 1).nan_to_num(0), cmap="viridis", vmin=0, vmax=1, edgecolors="none")
+        axes.pcolormesh(
+            values.clamp(0, 1).nan_to_num(0), cmap="viridis", vmin=0, vmax=1, edgecolors="face", linewidth=0.3
+        )
         axes.set(xlabel=xlabel, ylabel=ylabel)
         step = math.ceil(max(tall, wide) / 14)
         axes.set_xticks([i + 0.5 for i in range(0, wide, step)], columns[::step], rotation=90)
         axes.set_yticks([i + 0.5 for i in range(0, tall, step)], rows[::step])
-        axes.tick_params(length=0, labelsize=7.5)
+        axes.tick_params(length=0, labelsize=9 if max(tall, wide) <= 8 else 7.5)
         axes.spines[:].set_visible(False)
         if max(tall, wide) <= 14:
+            size = 9.5 if max(tall, wide) <= 6 else 8 if max(tall, wide) <= 10 else 6.5
             for i, line in enumerate(values.tolist()):
                 for j, value in enumerate(line):
                     text = "–" if math.isnan(value) else f"{value:.2f}".lstrip("0") if value < 0.995 else "1"
                     shade = "#ffffff" if not value > 0.6 else "#111111"
-                    axes.text(j + 0.5, i + 0.5, text, ha="center", va="center", fontsize=6.5, color=shade)
+                    axes.text(j + 0.5, i + 0.5, text, ha="center", va="center", fontsize=size, color=shade)
     return found[0]

@@ -14,6 +14,7 @@ from .changes import changes
 from .opened import Member, Opened, metrics
 from .similarity import similarity
 from .timing import Step, time_step
+from .verdict import verdict
 
 CLASSES = 30
 """So many are shown at most."""
@@ -60,6 +61,8 @@ class View:
     """Test accuracy of student, baseline and teachers over epochs."""
     terms: str
     term_lines: list[plots.Line]
+    answers: Answers
+    """Of every model that is there, to the test images."""
     by_class: list[ClassRow] = field(default_factory=list)
     agreement: list[dict[str, Any]] = field(default_factory=list)
     calibration: list[dict[str, Any]] = field(default_factory=list)
@@ -72,6 +75,10 @@ class View:
     @property
     def config(self) -> str:
         return dump(runfolder.resolved(self.opened.recipe))
+
+    @property
+    def verdict(self) -> str:
+        return verdict(self.rows, self.images)
 
     @property
     def teachers(self) -> list[Member]:
@@ -94,9 +101,10 @@ def look(opened: Opened, number: int, alone: bool) -> View:
         _accuracy_lines(opened, number, alone),
         plots.curves(term_lines, "value before its weight", log=True) if term_lines else "",
         term_lines,
+        given,
     )
     _say_missing(view)
-    view.calibration = _calibration(opened, given)
+    view.calibration = _calibration(opened, given, None if alone else number)
     if "student" in given.logits:
         view.by_class = _by_class(opened, given)
         view.agreement = _agreement(opened, given)
@@ -173,9 +181,14 @@ def _both(given: Answers, what: str, other: str) -> bool:
     return what == "student" and other in given.logits and what in given.logits
 
 
+def _in_colour(opened: Opened) -> list[Member]:
+    """Student, baseline, teachers: the order that gives each model one colour all over the page."""
+    return [opened.student, *([opened.baseline] if opened.baseline else []), *opened.teachers.values()]
+
+
 def _accuracy_lines(opened: Opened, number: int, alone: bool) -> list[plots.Line]:
     lines: list[plots.Line] = []
-    for member in [opened.student, *([opened.baseline] if opened.baseline else []), *opened.teachers.values()]:
+    for member in _in_colour(opened):
         points = [(m["epoch"], m["top1"]) for m in metrics(member.folder) if "top1" in m] if member.folder else []
         if points:
             dash = {"student": "solid", "baseline": "dashed"}.get(member.what, "dotted")
@@ -233,16 +246,17 @@ def _agreement(opened: Opened, given: Answers) -> list[dict[str, Any]]:
     ]
 
 
-def _calibration(opened: Opened, given: Answers) -> list[dict[str, Any]]:
+def _calibration(opened: Opened, given: Answers, run: int | None) -> list[dict[str, Any]]:
+    """A diagram a model, in the colour of its curve: its own, or on a page of several runs its run's."""
     found = []
-    for number, member in enumerate(reversed(opened.members)):
+    for number, member in enumerate(_in_colour(opened)):
         if member.what in given.logits:
             logits = given.logits[member.what]
             bins = figures.reliability(logits, given.labels)
             found.append(
                 {
                     "what": member.what,
-                    "svg": plots.diagram(bins, number),
+                    "svg": plots.diagram(bins, number if run is None else run),
                     "ece": figures.ece(bins),
                     "nll": figures.nll(logits, given.labels),
                     "confidence": 100 * sum(b.share * b.confidence for b in bins),

@@ -98,6 +98,8 @@ def main(arguments: list[str], folder: str, environment: dict[str, str], limit: 
     os.chdir(folder)
     multiprocessing.set_start_method("fork", force=True)  # data workers as in a process that nobody forked
     os.environ.update({"KDLIB_FAULT": "", "KDLIB_BREAK": ""} | environment)
+    losses.register(Brittle)  # here and not at import: the process that starts this one imports it too
+    train.Training._step = _placed(train.Training._step)  # type: ignore[method-assign]
     faults.arm(os.environ["KDLIB_FAULT"])
     torch.set_num_threads(1)
     if limit:
@@ -109,7 +111,5 @@ def main(arguments: list[str], folder: str, environment: dict[str, str], limit: 
     sys.exit(code)
 
 
-losses.register(Brittle)
-train.Training._step = _placed(train.Training._step)  # type: ignore[method-assign]
 timm.create_model("fault_toy")
 Image.init()
