@@ -29,6 +29,9 @@ HEAD = """# The losses
 
 Every loss of `kdlib.losses`, from its code: this page is written by `docs/make_losses.py`, and a test fails when it is
 out of date. A recipe uses the name; Python uses the class: `from kdlib.losses import {first}`.
+The table is wide and scrolls sideways. One by one, with all that their docstrings say:
+[between logits](api/losses_logits.md), [between features](api/losses_features.md),
+[between relations](api/losses_relations.md).
 
 **How to read it.** *View* is what the loss takes: logits `(B, K)`, an embedding `(B, D)`, tokens `(B, N, C)`, a map
 `(B, C, H, W)`, or raw, any shape; *lists* means one tensor for each pair of the term, shallow to deep. *Arguments* are

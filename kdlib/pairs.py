@@ -104,15 +104,13 @@ def draw(
     path: Path,
 ) -> None:
     """The matrix as a heat map in a PNG, the chosen pairs framed."""
-    import matplotlib  # here, since importing it takes longer than everything else
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure  # here, since importing it takes long; no pyplot, whose backend is global
     from matplotlib.patches import Rectangle
 
     rows, columns = likeness.shape
     size = (2.6 + 0.34 * columns, 2.2 + 0.34 * rows)
-    figure, axis = pyplot.subplots(figsize=(max(size[0], 5.0), max(size[1], 4.0)), layout="constrained")
+    figure = Figure(figsize=(max(size[0], 5.0), max(size[1], 4.0)), layout="constrained")
+    axis = figure.subplots()
     image = axis.imshow(likeness.clamp(0, 1).numpy(), vmin=0, vmax=1, cmap="magma", origin="lower")
     for i, j in chosen:
         axis.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, fill=False, clip_on=False, edgecolor="#2ec4b6", linewidth=2))
@@ -127,4 +125,3 @@ def draw(
                           fontsize=6, color="black" if value > 0.6 else "white")  # fmt: skip
     figure.colorbar(image, ax=axis, fraction=0.03, pad=0.02, aspect=12)
     figure.savefig(path, dpi=140)
-    pyplot.close(figure)

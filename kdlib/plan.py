@@ -101,7 +101,7 @@ def fit(
             rows.append(_row(term, pair.student, pair.teacher, s, t, adapters.get(pair.student)))
             mine.append(adapters[pair.student](s) if pair.student in adapters else s)
             theirs.append(t)
-        term = replace(term, adapters=adapters)
+        term = replace(term, adapters=adapters, adapter=term.adapter if adapters else None)  # where no shapes differ
         if all(t is not None for t in theirs):
             _try(term, mine, theirs, teacher)
         fitted.append(term)

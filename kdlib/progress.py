@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-console = Console(highlight=False, soft_wrap=True)
+_terminal = False if Console().is_jupyter else None  # a notebook gets plain lines, neither HTML nor a moving bar
+console = Console(highlight=False, soft_wrap=True, force_jupyter=False, force_terminal=_terminal)
 EVERY = 10.0
 """Seconds between two plain lines."""
 

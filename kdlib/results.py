@@ -80,12 +80,10 @@ def curves(folders: Mapping[str, Path], path: Path) -> None:
     Args:
         folders: label to run folder; each holds ``metrics.jsonl``.
     """
-    import matplotlib  # here, since importing it takes longer than everything else
+    from matplotlib.figure import Figure  # here, since importing it takes long; no pyplot, whose backend is global
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
     epochs: list[dict[str, Any]] = []
     for label, folder in folders.items():
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -104,4 +102,3 @@ def curves(folders: Mapping[str, Path], path: Path) -> None:
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)

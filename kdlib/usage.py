@@ -67,17 +67,23 @@ def usage(default: Path) -> str:
 
 
 def _entry(key: str, field: dict[str, Any], width: int) -> list[str]:
-    text = " ".join(str(field.get("description", "")).replace("``", "").replace("`", "").split())
-    default = field.get("default")
-    shown = "" if default is None or default in ({}, "") or isinstance(default, dict) else f" [{_short(default)}]"
-    kind = _kind(field)
-    head = f"  {key}{f' ({kind})' if kind else ''}{shown}"
+    kind, default, text = parts(field)
+    text = text.replace("`", "")
+    head = f"  {key}{f' ({kind})' if kind else ''}{f' [{default}]' if default else ''}"
     if width < NARROW:
         return [*textwrap.wrap(head, width, subsequent_indent=" " * 4), *_wrapped(text, " " * 6, width)]
     lines = _wrapped(text, " " * 44, width)
     if not lines or len(head) > 42:
         return [head, *lines]
     return [head.ljust(44) + lines[0].strip(), *lines[1:]]
+
+
+def parts(field: dict[str, Any]) -> tuple[str, str, str]:
+    """Of one key in a JSON schema: what may stand there, its default, what it means; each empty if there is none."""
+    text = " ".join(str(field.get("description", "")).replace("``", "`").split())
+    default = field.get("default")
+    shown = "" if default is None or default in ({}, "") or isinstance(default, dict) else _short(default)
+    return _kind(field), shown, text
 
 
 def _kind(field: dict[str, Any]) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import builtins
 import json
 import re
+import runpy
 import subprocess
 import sys
 from operator import attrgetter
@@ -14,6 +16,7 @@ import torch
 from conftest import ROOT
 from jsonschema import Draft202012Validator
 from PIL import Image
+from rich.console import Console
 
 import kdlib
 import recipes.riformer.model  # noqa: F401  registers the models
@@ -254,3 +257,16 @@ def test_the_command_starts_as_a_module_and_imports_a_recipe_from_the_working_di
     ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120, check=False)
     assert done.returncode == 0 and "gfnet_h_nano: " in done.stdout, done.stderr
+
+
+def test_a_notebook_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """rich would show each line as an HTML block of its own there, and each move of a bar as another line."""
+
+    class ZMQInteractiveShell:
+        """As rich recognises a notebook."""
+
+    monkeypatch.setattr(builtins, "get_ipython", ZMQInteractiveShell, raising=False)
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as ipykernel does
+    assert Console().is_jupyter, "rich no longer recognises a notebook like this"
+    console = runpy.run_path(str(ROOT / "kdlib" / "progress.py"))["console"]
+    assert not console.is_jupyter and not console.is_terminal

@@ -78,6 +78,13 @@ def test_adapters_are_sized_by_the_dry_run_and_train(student: nn.Module, wide: n
     assert all(p.grad.abs().sum() > 0 for p in distiller.adapters.parameters())
 
 
+def test_an_adapter_that_no_pair_needs_is_not_missed(student: nn.Module, teacher: nn.Module, images: Tensor) -> None:
+    term = kd.Term("block", FeatureMSE(), pairs=kd.pair(student, teacher, "stages.*.blocks.-1"), adapter="linear")
+    plan = kd.fit([term], student, teacher, images)
+    assert not plan.terms[0].adapters
+    kd.Distiller(student, plan.terms)
+
+
 def test_the_dry_run_changes_nothing(student: nn.Module, teacher: nn.Module, images: Tensor) -> None:
     student.train()
     student.norm.eval()  # a frozen layer stays as its owner left it

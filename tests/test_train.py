@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 from conftest import Tiny, randomise
+from matplotlib.figure import Figure
 from safetensors.torch import load_file
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
@@ -127,8 +128,9 @@ def test_curves_show_accuracy_where_tested_and_terms_of_every_epoch(
     tmp_path: Path, student: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     training(tmp_path, student, eval_every=2).run()
-    drawn = []
-    monkeypatch.setattr("matplotlib.pyplot.close", drawn.append)
+    drawn, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (drawn.append(self), save(self, *a, **k)))
+    monkeypatch.setattr("matplotlib.use", lambda *_: pytest.fail("a notebook's own figures would no longer show"))
     curves({"student": tmp_path}, tmp_path / "curves.png")
     left, right = drawn[0].axes
     assert [list(line.get_xdata()) for line in left.lines] == [[2]]

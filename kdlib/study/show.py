@@ -64,13 +64,11 @@ def _plain(value: Mean) -> dict[str, Any]:
 
 def plot(results: Results, path: Path) -> None:
     """Each row's seeds as dots, its mean and the mean's 95 % interval as a bar, as a PNG."""
-    import matplotlib  # here, since importing it takes longer than everything else
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure  # here, since importing it takes long; no pyplot, whose backend is global
 
     found = list(results.summary())
-    figure, axis = pyplot.subplots(figsize=(8, 1.2 + 0.34 * len(found)), layout="constrained")
+    figure = Figure(figsize=(8, 1.2 + 0.34 * len(found)), layout="constrained")
+    axis = figure.subplots()
     for place, (name, own, _, _) in enumerate(found):
         color = "C7" if name.startswith("teacher ") else "C0"
         values = list(results.top1[name].values())
@@ -84,4 +82,3 @@ def plot(results: Results, path: Path) -> None:
     axis.spines[["top", "right", "left"]].set_visible(False)
     axis.tick_params(axis="y", length=0)
     figure.savefig(path, dpi=130)
-    pyplot.close(figure)

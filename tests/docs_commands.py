@@ -1,0 +1,101 @@
+"""How each command that the docs show is executed by test_docs.py: a new command without an entry here fails."""
+
+from __future__ import annotations
+
+import shlex
+
+RESNET = "accelerate launch recipes/resnet/run.py"
+RIFORMER = "accelerate launch recipes/riformer/run.py"
+CONFIGS = "recipes/riformer/configs"
+
+INSTALLS = ("python3 -m venv ", "pip install ", "git clone ", ". activate", "python -m pytest", "sphinx-build ")
+"""What .ci/run does in an empty environment, or any developer."""
+
+SMALL = "data.limit=64 data.batch_size=32 epochs=1 schedule.warmup_epochs=0 baseline.schedule.warmup_epochs=0 threads=1"
+SHORT = {
+    "resnet": f"{SMALL} teachers.big.recipe.epochs=1 teachers.big.recipe.schedule.warmup_epochs=0",
+    "riformer": " ".join(
+        [SMALL]
+        + [f"teachers.{name}.recipe.epochs=1" for name in ("wide", "twin")]
+        + [f"teachers.{name}.recipe.schedule.warmup_epochs=0" for name in ("wide", "twin")]
+    ),
+}
+"""Makes the first run of a recipe a matter of seconds: 64 images, one epoch of each model."""
+
+AS_SHOWN = [
+    "kdlib inspect resnet18 --pattern 'layer*.-1'",
+    "kdlib inspect resnet18",
+    "kdlib inspect '{name: plain, in_chans: 1}' --image-size 28 --import my_models",
+    "kdlib inspect '{name: riformer_nano, num_classes: 10, in_chans: 1}' --image-size 28 "
+    "--pattern 'stages.*.blocks.-1' --import recipes.riformer.run",
+    "kdlib export runs/resnet --to onnx",
+    "kdlib export runs/resnet --to torch-export",
+    "kdlib export runs/resnet --to timm --out student",
+    "sha256sum resnet34.safetensors",
+    "cd recipes/riformer/configs",
+    "cd docs",
+    "accelerate launch ../run.py scales/imagenet_final.yaml rows/tab6_m48.yaml --dry-run",
+    "python recipes/riformer/measure/latency.py --size tiny --depth 2 --pixels 64 --batch 2 --runs 5",
+    f"{RIFORMER} my.yaml --dry-run",
+]
+"""Executed to the letter; text right below is their output, and compared."""
+
+WITH = {
+    f"{RESNET} save_every=20": SHORT["resnet"],
+    f"{RESNET} student.weights=runs/resnet/student.safetensors output=runs/resnet_more": SHORT["resnet"],
+    f"docs/start.md: {RIFORMER}": SHORT["riformer"],
+    "accelerate launch run.py my.yaml epochs=10": "epochs=1 data.limit=64 data.batch_size=32 threads=1 "
+    "teachers.big.recipe.epochs=1",
+    "kdlib doctor recipes/riformer/configs/default.yaml --import recipes.riformer.run": "--batches 1 --images 8 "
+    "data.limit=64 data.batch_size=16 threads=1 --compile off",
+    "kdlib doctor recipes/resnet/configs/default.yaml --compile inductor": "--batches 1 --images 8 data.limit=64 "
+    "data.batch_size=16 threads=1 --compile aot_eager",
+    "kdlib report runs/riformer --import recipes.riformer.run": "",
+    "kdlib export runs/riformer --to onnx --import recipes.riformer.run": "--count 32",
+}
+"""Executed with these words behind them, which make them shorter."""
+
+DRY = [
+    RIFORMER,
+    f"{RIFORMER} {CONFIGS}/fashion_mnist.yaml",
+    RESNET,
+    f"{RESNET} recipes/resnet/configs/review_kd.yaml",
+    "accelerate launch recipes/deit/run.py",
+    "accelerate launch recipes/hetero/run.py",
+    "accelerate launch recipes/hetero/run.py recipes/hetero/configs/swin_to_riformer.yaml",
+    "accelerate launch ../run.py scales/fashion_mnist_5k.yaml rows/tab3_affine_soft.yaml",
+    "accelerate launch ../run.py scales/imagenet.yaml rows/tab3_affine_soft.yaml data.root=/path/to/imagenet",
+]
+"""Minutes, ImageNet or several GPUs: executed with ``--dry-run``, which builds all of it and trains nothing."""
+
+HELP = [
+    "kdlib pairs resnet18 '{name: resnet34, pretrained: true}'",
+    "kdlib pairs '{name: resnet18, pretrained: true}' '{name: resnet34, pretrained: true}' --images photos/ "
+    "--out alike.png",
+    "kdlib doctor my.yaml",
+    "kdlib schema --into my.yaml",
+    "kdlib report runs/mine",
+    "kdlib export runs/mine --to onnx",
+    "kdlib export runs/resnet --to hub --push me/student",
+    "python recipes/riformer/measure/throughput.py --budget 550 --out throughput.json",
+    "python recipes/riformer/measure/latency.py --out vit_latency.json",
+    "python recipes/riformer/measure/receptive_field.py runs/riformer --out field.json",
+    "python recipes/riformer/measure/affine_scales.py runs/riformer runs/other --out scales.json",
+]
+"""A GPU, a download, an upload, or runs that the page does not make: ``--help``, in which their options must be."""
+
+
+def _help(command: str) -> str:
+    return f"{shlex.join(shlex.split(command)[:2])} --help"
+
+
+COMMANDS: dict[str, str | None] = {
+    **dict.fromkeys(AS_SHOWN),
+    **{
+        command: f"{command.partition(': ')[2] if '.md: ' in command else command} {words}"
+        for command, words in WITH.items()
+    },
+    **{command: f"{command} --dry-run" for command in DRY},
+    **{command: _help(command) for command in HELP},
+}
+"""The command as shown, or ``page: command``, to what is executed; None is the command itself."""
