@@ -1,15 +1,20 @@
 """One training step: what distillation costs beside its own parts, by hand, by kdlib and by others.
 
-    python benchmarks/step.py --out benchmarks/results/step.json      one GPU, 224 px, bf16
-    python benchmarks/step.py --cpu                                   two cores, small models, eager
+    python benchmarks/step.py --budget 540 --jobs 6 --out benchmarks/results/step.json     one GPU, 224 px, bf16
+    python benchmarks/step.py --cpu --out benchmarks/results/step_cpu.json                 one core, small models, eager
 
 blocks    RIFormer-S12 from PoolFormer-S12: soft targets and the mean squared error of each stage's last block
 whole     RIFormer's objective: GFNet-H-B and PoolFormer-S12 as teachers, four terms
 small     the whole objective for the 64 px models, which are bound by kernel launches
 
-floor is every teacher's forward and a step by labels alone: what any distillation must pay. The contestants of a work
-take turns, round by round; ms is the median over rounds, MiB the peak that a contestant adds while it steps. Ratios are
-within one run.
+floor is every teacher's forward and a step by labels alone: what any distillation must pay. by hand is a loop of one's
+own for the same objective. The contestants of a work take turns, round by round, every second round backwards; ms is
+the median over rounds, MiB the peak that a contestant adds while it steps, loss that of the first step. of_floor and
+of_hand are the quartiles over rounds of the ratio to the floor, and to the loop by hand, of that round and mode; on a
+CPU they are ratios of processor time, which other programs on the machine disturb less than the clock on the wall.
+
+Compiled contestants take a minute each to start. --jobs has others fill the compiler's cache first, side by side, and
+--budget leaves out what would not be done in time: what there is is written after every round.
 """
 
 from __future__ import annotations
@@ -17,232 +22,157 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import kdlib as kd
-from kdlib import compiling
-from kdlib.losses import CrossEntropy, FeatureMSE, GramRelation, SoftTarget
-from recipes.riformer import gfnet, model  # noqa: F401  registers the models
+import peers
+from contestants import Build, contestants, modes
+from work import Step, Work, about, busy, works
 
-Step = Callable[[], Tensor]
-
-
-@dataclass
-class Work:
-    """Models and data of one job."""
-
-    student: str
-    twin: str
-    wide: str | None
-    images: Tensor
-    labels: Tensor
-    classes: int
-
-    def make(self, name: str) -> nn.Module:
-        torch.manual_seed(0)
-        more = {} if self.images.shape[1] == 3 else {"in_chans": self.images.shape[1]}
-        return timm.create_model(name, num_classes=self.classes, **more).to(self.images.device)
-
-    def autocast(self) -> Any:
-        on_gpu = self.images.is_cuda
-        return torch.autocast("cuda", torch.bfloat16) if on_gpu else nullcontext()
+MODES = ("eager", "default", "reduce-overhead")
+Row = dict[str, Any]
 
 
-def train(work: Work, module: nn.Module, loss_of: Callable[[], Tensor]) -> Step:
-    """A whole step around a loss: forward, backward, AdamW."""
-    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, fused=work.images.is_cuda)
-
-    def step() -> Tensor:
-        with work.autocast():
-            loss = loss_of()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss
-
-    return step
-
-
-class Frozen(nn.Module):
-    """The answers of some teachers, or the answer and the stages of one."""
-
-    def __init__(self, *teachers: nn.Module, stages: bool = False) -> None:
-        super().__init__()
-        self.teachers, self.stages = nn.ModuleList(teachers).eval().requires_grad_(False), stages
-
-    @torch.no_grad()
-    def forward(self, images: Tensor) -> list[Tensor]:
-        return staged(self.teachers[0], images) if self.stages else [net(images) for net in self.teachers]
-
-
-def staged(net: Any, x: Tensor) -> list[Tensor]:
-    """What each stage returns, then the logits."""
-    x, seen = net.stem(x), []
-    for stage in net.stages:
-        x = stage(x)
-        seen.append(x)
-    return [*seen, net.forward_head(net.norm(x))]
-
-
-class ByHand(nn.Module):
-    """The blocks objective, its features collected by a forward that was written for it."""
-
-    def __init__(self, student: nn.Module) -> None:
-        super().__init__()
-        self.student = student
-
-    def forward(self, images: Tensor, targets: list[Tensor]) -> Tensor:
-        *mine, logits = staged(self.student, images)
-        *theirs, answer = targets
-        target = F.log_softmax(answer.float(), -1)
-        loss = F.kl_div(F.log_softmax(logits.float(), -1), target, reduction="batchmean", log_target=True)
-        for ours, other in zip(mine, theirs, strict=True):
-            loss = loss + 1e-4 * F.mse_loss(ours.float(), other.float())
-        return loss
-
-
-def floor(work: Work, mode: str | None) -> Step:
-    teachers = Frozen(*(work.make(name) for name in (work.twin, work.wide) if name))
-    student = work.make(work.student)
-    compiling.compile_whole([teachers, student], mode)
-
-    def loss_of() -> Tensor:
-        compiling.begin_step(mode)
-        teachers(work.images)
-        return F.cross_entropy(student(work.images), work.labels)
-
-    return train(work, student, loss_of)
-
-
-def by_hand(work: Work, mode: str | None) -> Step:
-    teacher, hand = Frozen(work.make(work.twin), stages=True), ByHand(work.make(work.student))
-    compiling.compile_whole([teacher, hand], mode)
-    return train(work, hand, lambda: hand(work.images, teacher(work.images)))
-
-
-def by_kdlib(work: Work, mode: str | None) -> Step:
-    student, last = work.make(work.student), "stages.*.blocks.-1"
-    if work.wide is None:
-        net: nn.Module = work.make(work.twin)
-        terms = [
-            kd.Term("soft", SoftTarget()),
-            kd.Term("block", FeatureMSE(), 1e-4, pairs=kd.pair(student, net, last), reduce="sum"),
-        ]
+def main() -> None:
+    given = arguments()
+    began = time.perf_counter()
+    left = lambda: given.budget - (time.perf_counter() - began)  # noqa: E731
+    if given.cpu:
+        torch.set_num_threads(1)
     else:
-        net = kd.Panel({"wide": work.make(work.wide), "twin": work.make(work.twin)})
-        pairs = {tap: kd.pair(student, net, tap, f"twin.{tap}") for tap in (last, f"{last}.token_mixer")}
-        terms = [
-            kd.Term("soft", SoftTarget(), pairs=[kd.Pair("@output", "wide")]),
-            kd.Term("block", FeatureMSE(), 1e-4, pairs=pairs[last], reduce="sum"),
-            kd.Term("mixer", FeatureMSE(), 1e-3, pairs=pairs[f"{last}.token_mixer"], reduce="sum"),
-            kd.Term("relation", GramRelation(), 1.0, pairs=pairs[last], reduce="sum"),
-        ]
-    terms = list(kd.fit(terms, student, net, work.images[:2]).terms)
-    teacher, distiller = kd.Teacher(net, terms), kd.Distiller(student, terms).to(work.images.device)
-    compiling.compile_whole([teacher, distiller], mode)
+        torch.set_float32_matmul_precision("high")
+        torch._dynamo.config.cache_size_limit = 64  # many models pass through one process
+    batch = given.batch or (8 if given.cpu else 128)
+    chosen = [name for name in works(given.cpu, 1) if not given.only or name in given.only]
+    head = about(given.cpu, peers=peers.versions(), batch=batch, rounds=given.rounds, budget=given.budget,
+                 precision="float32" if given.cpu else "bf16 autocast", busy_before=busy())  # fmt: skip
+    rows: list[Row] = []
 
-    def loss_of() -> Tensor:
-        compiling.begin_step(mode)
-        return distiller(work.images, teacher(work.images)).loss
+    def keep() -> None:
+        if given.out:
+            given.out.parent.mkdir(parents=True, exist_ok=True)
+            seconds = round(time.perf_counter() - began, 1)
+            given.out.write_text(json.dumps(head | {"seconds": seconds, "busy": busy(), "rows": rows}, indent=1) + "\n")
 
-    return train(work, distiller, loss_of)
-
-
-def labels_by_kdlib(work: Work, mode: str | None) -> Step:
-    """No teacher at all: what the engine itself adds to a plain step."""
-    distiller = kd.Distiller(work.make(work.student), [kd.Term("label", CrossEntropy(), pairs=[LABELS])])
-    distiller.to(work.images.device)
-    compiling.compile_whole([distiller], mode)
-    return train(work, distiller, lambda: distiller(work.images, {"@labels": work.labels}).loss)
+    if given.jobs:
+        head["filling_s"] = fill_cache(given, chosen, left)
+    for name in chosen:
+        work = works(given.cpu, batch)[name]
+        jobs = [(who, build, mode) for who, build in contestants(name).items() for mode in modes(name, who, given.cpu)
+                if who in (given.who or [who]) and (mode or "eager") in given.modes]  # fmt: skip
+        measure(name, work, jobs, given, rows, left, keep)
+    if given.rounds:
+        print(table(rows))
 
 
-LABELS = kd.Pair("@output", "@labels")
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cpu", action="store_true", help="small models on one core")
+    parser.add_argument("--only", nargs="+", metavar="WORK", help="blocks, whole, small")
+    parser.add_argument("--who", nargs="+", metavar="CONTESTANT", help="'by hand', kdlib, …")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--batch", type=int, help="images (128; 8 on a CPU)")
+    parser.add_argument("--budget", type=float, default=1e6, help="seconds")
+    parser.add_argument("--jobs", type=int, default=0, help="processes that fill the compiler's cache first")
+    parser.add_argument("--out", type=Path, help="a JSON file for the results")
+    return parser.parse_args()
 
 
-def by_timm(work: Work, mode: str | None) -> Step:
-    """timm.task, as it comes: logits only."""
-    from timm.task import LogitDistillationTask
+def fill_cache(given: argparse.Namespace, chosen: list[str], left: Callable[[], float]) -> float:
+    """Compiles every contestant once in a process of its own, some at a time, in at most half of the budget.
 
-    task = LogitDistillationTask(
-        work.make(work.student), work.make(work.twin), criterion=nn.CrossEntropyLoss(), verbose=False,
-        device=work.images.device,
-    )  # fmt: skip
-    return train(work, task.trainable_module, lambda: task(work.images, work.labels)["loss"])
+    Returns:
+        Seconds that it took.
+    """
+    began, end = time.perf_counter(), left() / 2
+    say = [sys.executable, __file__, "--rounds", "0", *(["--batch", str(given.batch)] if given.batch else [])]
+    jobs = [(name, who, mode) for name in chosen for who in contestants(name) for mode in modes(name, who, given.cpu)
+            if mode and mode in given.modes and who in (given.who or [who])]  # fmt: skip
 
-
-def contestants(work: str) -> dict[str, Callable[[Work, str | None], Step]]:
-    if work == "blocks":
-        return {"floor": floor, "by hand": by_hand, "kdlib": by_kdlib, "timm.task (logits only)": by_timm}
-    return {"floor": floor, "kdlib": by_kdlib}
-
-
-def modes(work: str, who: str, cpu: bool) -> list[str | None]:
-    if cpu or "timm" in who:
-        return [None]
-    return [None, "default", "reduce-overhead"] if work == "small" else [None, "default"]
-
-
-def works(cpu: bool, batch: int) -> dict[str, Work]:
-    torch.manual_seed(0)
-    device = torch.device("cpu" if cpu else "cuda")
-
-    def data(channels: int, side: int, classes: int) -> tuple[Tensor, Tensor, int]:
-        images = torch.randn(batch, channels, side, side, device=device)
-        return images, torch.randint(classes, (batch,), device=device), classes
-
-    small = ("riformer_micro", "metaformer_pool_micro", "gfnet_h_micro")
-    if cpu:
-        return {"blocks": Work(*small[:2], None, *data(3, 64, 10)), "whole": Work(*small, *data(3, 64, 10))}
-    large = ("riformer_s12", "metaformer_pool_s12", "gfnet_h_b")
-    return {
-        "blocks": Work(*large[:2], None, *data(3, 224, 1000)),
-        "whole": Work(*large, *data(3, 224, 1000)),
-        "small": Work(*small, *data(3, 64, 10)),
-    }
-
-
-def measure(name: str, work: Work, cpu: bool, rounds: int, keep: Callable[[dict[str, Any]], None]) -> None:
-    """All contestants of a work, warm; then turn by turn."""
-    steps: list[tuple[dict[str, Any], Step]] = []
-    for who, build in contestants(name).items():
-        for mode in modes(name, who, cpu):
-            row: dict[str, Any] = {"work": name, "who": who, "mode": mode or "eager"}
+    def one(job: tuple[str, str, str]) -> None:
+        name, who, mode = job
+        rest = end - (time.perf_counter() - began)
+        if rest > 0:
             try:
-                steps.append((row, warm(build, work, mode, row)))
+                subprocess.run([*say, "--only", name, "--who", who, "--modes", mode], timeout=rest,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)  # fmt: skip
+            except subprocess.TimeoutExpired:
+                print(f"{name}, {who}, {mode}: did not fill the cache in time", flush=True)
+
+    with ThreadPoolExecutor(given.jobs) as pool:
+        list(pool.map(one, jobs))
+    return round(time.perf_counter() - began, 1)
+
+
+def measure(
+    name: str, work: Work, jobs: list[tuple[str, Build, str | None]], given: argparse.Namespace, rows: list[Row],
+    left: Callable[[], float], keep: Callable[[], None],
+) -> None:  # fmt: skip
+    """All contestants of a work, warm; then turn by turn."""
+    torch.compiler.reset()  # of the work before; not between contestants, which would compile again in the first round
+    runners: list[tuple[Row, Step]] = []
+    longest = {True: 0.0, False: 0.0}  # by whether it is compiled
+    for who, build, mode in jobs:
+        row: Row = {"work": name, "who": who, "mode": mode or "eager"}
+        rows.append(row)
+        if left() <= longest[mode is not None]:
+            row["failed"] = f"not begun: {max(left(), 0):.0f} s were left"
+        else:
+            began = time.perf_counter()
+            try:
+                runners.append((row, warm(build, work, mode, row)))
             except Exception as error:  # a peer that cannot be had, a mode that fails: told, and the rest goes on
-                keep(row | {"failed": " ".join(str(error).split())[:300] or type(error).__name__})
-    taken: list[list[float]] = [[] for _ in steps]
-    for _ in range(rounds):
-        for times, (_, step) in zip(taken, steps, strict=True):
-            times.append(milliseconds(step, 1 if cpu else 5))
-    for times, (row, _) in zip(taken, steps, strict=True):
-        keep(row | {"ms": round(statistics.median(times), 3), "least": round(min(times), 3)})
+                row["failed"] = " ".join(str(error).split())[:300] or type(error).__name__
+            longest[mode is not None] = max(longest[mode is not None], time.perf_counter() - began)
+        print(json.dumps(row), flush=True)
+        keep()
+    clock = partial(time_of, repeats=1 if given.cpu else 5, work=work)
+    taken: list[list[tuple[float, float]]] = [[] for _ in runners]
+    for turn in range(given.rounds if left() > 0 else 0):
+        order = list(range(len(runners)))
+        for i in order if turn % 2 == 0 else reversed(order):
+            taken[i].append(clock(runners[i][1]))
+        summarise([row for row, _ in runners], taken)
+        keep()
+        if left() <= 0:
+            break
 
 
-def warm(build: Callable[[Work, str | None], Step], work: Work, mode: str | None, row: dict[str, Any]) -> Step:
+def summarise(rows: list[Row], taken: list[list[tuple[float, float]]]) -> None:
+    """Writes times and ratios so far into the rows."""
+    times = {(row["who"], row["mode"]): [pair[1] for pair in both] for row, both in zip(rows, taken, strict=True)}
+    for row, both in zip(rows, taken, strict=True):
+        wall, own = [pair[0] for pair in both], times[row["who"], row["mode"]]
+        row |= {"ms": round(statistics.median(wall), 3), "least": round(min(wall), 3)}
+        for key, other in (("of_floor", "floor"), ("of_hand", "by hand")):
+            if base := times.get((other, row["mode"])):
+                row[key] = quartiles([ours / theirs for ours, theirs in zip(own, base, strict=True)])
+
+
+def quartiles(values: list[float]) -> list[float]:
+    low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
+    return [round(value, 4) for value in (low, middle, high)]
+
+
+def warm(build: Build, work: Work, mode: str | None, row: Row) -> Step:
+    """The contestant's step, compiled and warm; its memory and the time of its first step go into the row."""
     cuda = work.images.is_cuda
-    torch.compiler.reset()
     before = torch.cuda.memory_allocated() if cuda else 0
     began = time.perf_counter()
     step = build(work, mode)
-    step()
-    synchronize(cuda)
+    row["loss"] = round(step().item(), 4)
     row["first_step_s"] = round(time.perf_counter() - began, 2)
     for _ in range(4):
         step()
@@ -254,63 +184,32 @@ def warm(build: Callable[[Work, str | None], Step], work: Work, mode: str | None
     return step
 
 
-def milliseconds(step: Step, repeats: int) -> float:
-    cuda = step().is_cuda
-    synchronize(cuda)
-    began = time.perf_counter()
+def time_of(step: Step, repeats: int, work: Work) -> tuple[float, float]:
+    """Milliseconds of a step: on the wall, and of the processor; on a GPU twice those on the wall."""
+    cuda = work.images.is_cuda
+    if cuda:
+        step()
+        torch.cuda.synchronize()
+    began, worked = time.perf_counter(), time.process_time()
     for _ in range(repeats):
         step()
-    synchronize(cuda)
-    return 1e3 * (time.perf_counter() - began) / repeats
-
-
-def synchronize(cuda: bool) -> None:
     if cuda:
         torch.cuda.synchronize()
+    wall = 1e3 * (time.perf_counter() - began) / repeats
+    return wall, wall if cuda else 1e3 * (time.process_time() - worked) / repeats
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cpu", action="store_true")
-    parser.add_argument("--only", nargs="+", metavar="WORK")
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--batch", type=int)
-    parser.add_argument("--out", type=Path)
-    given = parser.parse_args()
-    if given.cpu:
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
-    else:
-        torch.set_float32_matmul_precision("high")
-        torch._dynamo.config.cache_size_limit = 64  # many models pass through one process
-    rows: list[dict[str, Any]] = []
-
-    def keep(row: dict[str, Any]) -> None:
-        rows.append(row)
-        base = next((r["ms"] for r in rows if (r["work"], r["who"], r["mode"]) == (row["work"], "floor", row["mode"])
-                     and "ms" in r), None)  # fmt: skip
-        if base and "ms" in row:
-            row["of_floor"] = round(row["ms"] / base, 3)
-        print(json.dumps(row), flush=True)
-        if given.out:
-            given.out.parent.mkdir(parents=True, exist_ok=True)
-            given.out.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
-
-    batch = given.batch or (32 if given.cpu else 128)
-    device = f"CPU, {torch.get_num_threads()} threads" if given.cpu else torch.cuda.get_device_name()
-    about = {
-        "device": device,
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "python": platform.python_version(),
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "batch": batch,
-        "precision": "float32" if given.cpu else "bf16 autocast",
-        "rounds": given.rounds,
-    }
-    for name, work in works(given.cpu, batch).items():
-        if not given.only or name in given.only:
-            measure(name, work, given.cpu, given.rounds, keep)
+def table(rows: list[Row]) -> str:
+    lines = [f"{'work':8}{'who':26}{'mode':16}{'ms':>9}{'MiB':>7}{'of floor':>10}{'of hand':>10}"]
+    for row in rows:
+        ratio = [f"{row[key][1]:.3f}" if key in row else "-" for key in ("of_floor", "of_hand")]
+        end = (
+            row.get("failed", "")[:60] or f"{row.get('ms', 0):9.2f}{row.get('MiB', '-'):>7}{ratio[0]:>10}{ratio[1]:>10}"
+        )
+        lines.append(f"{row['work']:8}{row['who']:26}{row['mode']:16}{end}")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     main()

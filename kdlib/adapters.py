@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange, reduce
 from torch import Size, Tensor, nn, tensor
@@ -88,7 +90,36 @@ def view_as(x: Tensor, view: str, layout: str, images: Size) -> Tensor:
     axes = "b c h w" if layout == "NCHW" else "b h w c"
     if view == "embedding":
         return reduce(x, f"{axes} -> b c", "mean")
-    return rearrange(x, f"{axes} -> b (h w) c" if view == "tokens" else f"{axes} -> b c h w")
+    return rearrange(_keeping_order(x), f"{axes} -> b (h w) c" if view == "tokens" else f"{axes} -> b c h w")
+
+
+class _KeepOrder(torch.autograd.Function):
+    """The same tensor, whose gradient is laid out in memory as itself is.
+
+    A loss gives its gradient in the order of the view that it read. Where that is another order than the feature's,
+    every kernel of the backward pass from there to the image would walk two layouts at once; here it is put in order
+    by one.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.order = sorted(range(inputs[0].ndim), key=inputs[0].stride, reverse=True)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        back = [ctx.order.index(axis) for axis in range(gradient.ndim)]
+        return gradient.permute(ctx.order).contiguous().permute(back)
+
+
+def _keeping_order(x: Tensor) -> Tensor:
+    """``x`` itself where nothing flows back; a compiler chooses layouts on its own."""
+    return x if torch.compiler.is_compiling() or not x.requires_grad else _KeepOrder.apply(x)  # type: ignore[no-untyped-call]
 
 
 class Project(nn.Module):

@@ -44,14 +44,22 @@ def by_hand(student: nn.Module, teacher: nn.Module, images: Tensor, labels: Tens
         F.log_softmax(logits / 2, -1), F.log_softmax(target / 2, -1), reduction="batchmean", log_target=True
     )
     loss = 0.7 * (soft * 4) + 0.3 * F.cross_entropy(logits, labels)
-    mixer = torch.stack([F.mse_loss(tokens(seen["s", n]), tokens(seen["t", n])) for n in names[::2]]).sum()
-    grams = [[F.normalize(tokens(seen[who, n]), dim=-1) for who in "st"] for n in names[1::2]]
+    mixer = torch.stack([F.mse_loss(seen["s", n], seen["t", n]) for n in names[::2]]).sum()
+    grams = [[F.normalize(tokens(ordered(seen[who, n])), dim=-1) for who in "st"] for n in names[1::2]]
     relation = torch.stack([gram_gap(s, t) for s, t in grams]).mean()
     return loss + 0.5 * mixer + 2.0 * relation
 
 
 def tokens(x: Tensor) -> Tensor:
     return x.flatten(2).mT
+
+
+def ordered(x: Tensor) -> Tensor:
+    """Its gradient comes back as a map, not as transposed tokens; sums are then those of the engine, digit by digit."""
+    if x.requires_grad:
+        x = x.view_as(x)
+        x.register_hook(lambda gradient: gradient.contiguous())
+    return x
 
 
 def gram_gap(s: Tensor, t: Tensor) -> Tensor:
@@ -108,7 +116,7 @@ class ByHand(nn.Module):
         loss = 0.7 * (F.kl_div(log_p, log_q, reduction="batchmean", log_target=True) * 4)
         loss = loss + 0.3 * F.cross_entropy(logits, labels)
         names = [f"stages.{s}.blocks.1.mixer" for s in (0, 1)]
-        loss = loss + 0.5 * torch.stack([F.mse_loss(tokens(seen[n]), tokens(targets[n])) for n in names]).sum()
+        loss = loss + 0.5 * torch.stack([F.mse_loss(seen[n], targets[n]) for n in names]).sum()
         grams = [[F.normalize(tokens(side[n[:-6]]), dim=-1) for side in (seen, targets)] for n in names]
         return loss + 2.0 * torch.stack([gram_gap(s, t) for s, t in grams]).mean()
 

@@ -7,7 +7,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor
 
-from .algebra import channel_axis, cosine_gap, pooled, unit
+from .algebra import channel_axis, cosine_gap, mean_square, pooled, unit
 from .base import Loss, full_precision
 from .checks import check_alike, check_choice
 
@@ -44,7 +44,7 @@ class FeatureMSE(Loss):
     @full_precision
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         check_alike(self, student, teacher, "any")
-        return F.mse_loss(self._normalized(student), self._normalized(teacher))
+        return mean_square(self._normalized(student), self._normalized(teacher))
 
     def _normalized(self, x: Tensor) -> Tensor:
         axis = channel_axis(x)

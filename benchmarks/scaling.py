@@ -1,0 +1,139 @@
+"""Weak scaling: the whole objective on 1, 2, … processes, each with the same number of images; times only.
+
+    python benchmarks/scaling.py --processes 1 2 --out benchmarks/results/scaling.json     two GPUs of one machine
+    python benchmarks/scaling.py --processes 1 2 --cpu                                     two gloo processes
+
+Teacher and distiller compile whole on a GPU, as in a run; DistributedDataParallel holds the distiller. A step is
+everything but the data: both teachers, the student forward and backward, the reduction of gradients, AdamW. Efficiency
+is the time of one process over that of n; its quartiles are over rounds. One process runs without any reduction, on the
+first device, while the others wait. Rows are written one by one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.nn.parallel import DistributedDataParallel
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from contestants import kdlib_parts
+from work import Step, about, busy, train, works
+
+from kdlib import compiling
+
+
+def build(given: argparse.Namespace, processes: int) -> Step:
+    work = works(given.cpu, given.batch)["whole"]
+    teacher, distiller = kdlib_parts(work)
+    mode = None if given.cpu or given.eager else "default"
+    compiling.compile_whole([teacher, distiller], mode)
+    engine: Any = distiller
+    if processes > 1:
+        # a bare buffer of weights follows the schedule, not rank 0
+        devices = None if given.cpu else [torch.cuda.current_device()]
+        engine = DistributedDataParallel(
+            distiller, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
+
+    def loss_of() -> torch.Tensor:
+        return engine(work.images, teacher(work.images)).loss
+
+    return train(work, distiller, loss_of)
+
+
+def times(given: argparse.Namespace, processes: int) -> list[float]:
+    """Milliseconds of a step in each round, the slowest process's."""
+    step = build(given, processes)
+    for _ in range(1 if given.cpu else 5):
+        step()
+    found = []
+    for _ in range(given.rounds):
+        if processes > 1:
+            dist.barrier()
+        synchronize(given.cpu)
+        began = time.perf_counter()
+        for _ in range(given.repeats):
+            step()
+        synchronize(given.cpu)
+        taken = torch.tensor(1e3 * (time.perf_counter() - began) / given.repeats)
+        if processes > 1:
+            taken = taken if given.cpu else taken.cuda()
+            dist.all_reduce(taken, op=dist.ReduceOp.MAX)
+        found.append(float(taken))
+    return found
+
+
+def synchronize(cpu: bool) -> None:
+    if not cpu:
+        torch.cuda.synchronize()
+
+
+def worker(rank: int, given: argparse.Namespace, processes: int, answer: Any) -> None:
+    torch.set_num_threads(1)
+    if not given.cpu:
+        torch.cuda.set_device(rank)
+        torch.set_float32_matmul_precision("high")
+    if processes > 1:
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(given.port), "RANK": str(rank),
+                       "WORLD_SIZE": str(processes)}  # fmt: skip
+        dist.init_process_group("gloo" if given.cpu else "nccl")
+    found = times(given, processes)
+    if rank == 0:
+        answer.put(found)
+    if processes > 1:
+        dist.destroy_process_group()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--cpu", action="store_true")
+    parser.add_argument("--eager", action="store_true", help="do not compile")
+    parser.add_argument("--batch", type=int, help="images a process (128; 4 on a CPU)")
+    parser.add_argument("--rounds", type=int, help="(20; 3 on a CPU)")
+    parser.add_argument("--port", type=int, default=29561)
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    given.batch = given.batch or (4 if given.cpu else 128)
+    given.rounds = given.rounds or (3 if given.cpu else 20)
+    given.repeats = 1 if given.cpu else 5
+    if not given.cpu and torch.cuda.device_count() < max(given.processes):
+        parser.error(
+            f"{torch.cuda.device_count()} GPUs here, {max(given.processes)} are asked for; --cpu works anywhere"
+        )
+    if given.cpu:
+        torch.set_num_threads(1)  # for what is said about the device
+    head = about(given.cpu, precision="float32" if given.cpu else "bf16 autocast", rounds=given.rounds, busy=busy(),
+                 mode="eager" if given.cpu or given.eager else "compiled")  # fmt: skip
+    rows: list[dict[str, Any]] = []
+    base: list[float] = []
+    for processes in given.processes:
+        queue = mp.get_context("spawn").SimpleQueue()
+        mp.spawn(worker, (given, processes, queue), nprocs=processes)
+        found = queue.get()
+        base = base or found
+        low, middle, high = statistics.quantiles([statistics.median(base) / each for each in found], n=4)
+        rows.append({
+            "work": "whole", "processes": processes, "images": processes * given.batch,
+            "ms": round(statistics.median(found), 3), "least": round(min(found), 3),
+            "efficiency": [round(x, 4) for x in (low, middle, high)],
+        })  # fmt: skip
+        print(json.dumps(rows[-1]), flush=True)
+        if given.out:
+            given.out.parent.mkdir(parents=True, exist_ok=True)
+            given.out.write_text(json.dumps(head | {"rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""Pages with generated tables hold what benchmarks/results says, and what they mark is what there is."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from conftest import ROOT
+
+DOCS = ROOT / "docs"
+sys.path.insert(0, str(DOCS))
+
+import generated  # noqa: E402
+
+
+def maker(page: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"make_{page}", DOCS / f"make_{page}.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("page", ["performance", "riformer"])
+def test_the_tables_are_up_to_date(page: str) -> None:
+    module = maker(page)
+    stored = module.PAGE.read_text()
+    assert stored == generated.fill(stored, module.TABLES), f"run docs/make_{page}.py"
+
+
+@pytest.mark.parametrize("page", ["performance", "riformer"])
+def test_a_changed_result_changes_the_page(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for path in generated.RESULTS.glob("*.json"):
+        text = path.read_text()
+        (tmp_path / path.name).write_text(
+            text.replace("11309.76", "99999.76").replace('"ratio": 1.6769', '"ratio": 9.6769')
+        )
+    monkeypatch.setattr(generated, "RESULTS", tmp_path)
+    module = maker(page)
+    stored = module.PAGE.read_text()
+    assert stored != generated.fill(stored, module.TABLES)
+
+
+def test_a_mark_without_a_table_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"the page marks \['a'\], there are tables for \['b'\]"):
+        generated.fill("<!-- table: a -->\n<!-- end -->", {"b": str})
+
+
+def test_the_readmes_headline_is_what_was_measured() -> None:
+    found = json.loads((generated.RESULTS / "throughput.json").read_text())
+    best = {row["model"]: row["images_per_second"] for row in found["best"]}
+    readme = (ROOT / "README.md").read_text()
+    for rival in ("poolformer_m36", "gfnet_h_b"):
+        assert f"| {best[rival]:,.0f} | {best['riformer_m36'] / best[rival]:.2f} × as fast" in readme
+    assert f"| {best['riformer_m36']:,.0f} | |" in readme
+
+
+def test_the_ladders_summary_is_the_studys_own() -> None:
+    """What the page computes from the stored seeds is what the study wrote down when it ran."""
+    stored = json.loads((generated.RESULTS / "ladder_5k_plain.json").read_text())["summary"]
+    found = list(maker("riformer").ladder_results().summary())
+    assert len(found) == len(stored) == 15
+    for name, own, gain, _ in found:
+        assert own.mean == pytest.approx(stored[name]["mean"])
+        if gain is not None:
+            assert gain.half == pytest.approx(stored[name]["difference"]["half"])
