@@ -112,14 +112,14 @@ class _KeepOrder(torch.autograd.Function):
         ctx.order = sorted(range(inputs[0].ndim), key=inputs[0].stride, reverse=True)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         back = [ctx.order.index(axis) for axis in range(gradient.ndim)]
         return gradient.permute(ctx.order).contiguous().permute(back)
 
 
 def _keeping_order(x: Tensor) -> Tensor:
     """``x`` itself where nothing flows back; a compiler chooses layouts on its own."""
-    return x if torch.compiler.is_compiling() or not x.requires_grad else _KeepOrder.apply(x)  # type: ignore[no-untyped-call]
+    return x if torch.compiler.is_compiling() or not x.requires_grad else _KeepOrder.apply(x)
 
 
 class Project(nn.Module):

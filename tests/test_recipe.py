@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
 from torch import nn
@@ -18,9 +19,11 @@ import recipes.riformer.gfnet
 import recipes.riformer.model  # noqa: F401  registers the models
 from kdlib import data
 from kdlib.config import ConfigError, Document, read
-from kdlib.losses import LOSSES
+from kdlib.distiller import Distiller
+from kdlib.losses import LOSSES, CrossEntropy
 from kdlib.recipe import Recipe, build, json_schema, load, load_children, weights
 from kdlib.runfolder import resolved
+from kdlib.terms import Term
 from kdlib.yaml12 import dump, parse
 from recipes.riformer.convert import convert
 from tests.conftest import ROOT
@@ -502,6 +505,19 @@ def test_norms_and_biases_are_not_decayed_and_the_rate_warms_up_cosines_and_cool
     # timm's cosine counts from step 0, so it takes over from the warm-up below the top
     assert rates[:10] == sorted(rates[:10]) and rates[10:] == sorted(rates[10:], reverse=True)
     assert max(rates) <= 8e-3 and rates[30:40] == pytest.approx([1e-4] * 10)
+
+
+def test_nothing_of_a_riformer_but_its_products_is_decayed() -> None:
+    student = timm.create_model("riformer_nano", num_classes=10, in_chans=1)
+    distiller = Distiller(student, [Term("label", CrossEntropy())])
+    optimizer = build.build_optimizer(recipe().optimizer, distiller)
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    decayed = {name for name, p in student.named_parameters() if decay[id(p)]}
+    products = ("stem.conv", "downsample.conv", "mlp.fc1", "mlp.fc2", "head")
+    assert decayed == {
+        name for name, _ in student.named_parameters() if name.endswith(tuple(f"{m}.weight" for m in products))
+    }
+    assert all(any(part in name for name in decayed) for part in products)
 
 
 @pytest.mark.parametrize("name", ["sgd", "adam", "lamb", "lion"])

@@ -162,6 +162,10 @@ class MetaFormer(Backbone):
             return outputs
         return (self.norm(x) if is_final else x), outputs
 
+    def no_weight_decay(self) -> set[str]:
+        """The affine mixers: the norms that they become are not decayed either, and s = 0 is not a neutral value."""
+        return {name for name, _ in self.named_parameters() if ".token_mixer." in name}
+
     fused_arguments = MappingProxyType({"form": "full"})
     """What `timm.create_model` needs besides, to build what `fused` returns."""
 
