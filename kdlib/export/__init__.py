@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from ..config import ConfigError
 from ..models import Found
 from .card import write_card
-from .formats import FORMATS, Context
+from .context import Context
+from .formats import FORMATS
 
 __all__ = ["FORMATS", "Exported", "export", "fuse"]
 

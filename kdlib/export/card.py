@@ -16,7 +16,7 @@ from ..runfolder import SUMMARY
 
 if TYPE_CHECKING:
     from . import Exported
-    from .formats import Context
+    from .context import Context
 
 CARD = """---
 library_name: {library}

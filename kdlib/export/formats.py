@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import timm
 import torch
@@ -19,28 +18,8 @@ from torch import Tensor, nn
 
 from .. import checkpoint
 from ..config import ConfigError
-from ..models import Found
+from .context import Context, Model
 from .hub import build_args, home, read_folder, write_folder
-
-Model = Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Context:
-    """What is exported."""
-
-    found: Found
-    model: nn.Module
-    """The student, fused where it could be; in eval mode."""
-    arguments: dict[str, Any]
-    """With which timm builds it, beside those in the recipe."""
-    batch_size: int | None
-
-    @property
-    def name(self) -> str:
-        """Of the architecture."""
-        assert self.found.recipe is not None
-        return self.found.recipe.student.name
 
 
 @dataclass(frozen=True)

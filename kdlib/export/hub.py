@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import timm
 import torch
@@ -14,12 +14,10 @@ from ..config import ConfigError
 from ..data import CROP_PCT, INTERPOLATION
 from ..data.loaders import ArrayLoader
 from ..models import Found
+from .context import Context, Model
 
 OF_ARCHITECTURE = ("first_conv", "classifier", "fixed_input_size")
 """All that is kept of timm's word on an architecture; licence, papers and image sizes are those of other weights."""
-
-if TYPE_CHECKING:
-    from .formats import Context, Model
 
 
 def home(name: str) -> str | None:
