@@ -32,7 +32,7 @@ __all__ = [
     "pair",
 ]
 
-VERBS = ("doctor", "export", "inspect", "launch", "models", "pairs", "recipe", "report")
+VERBS = ("data", "doctor", "export", "inspect", "launch", "models", "pairs", "recipe", "report")
 """What stands behind the command; imported when it is first named, since it needs timm, accelerate or matplotlib."""
 
 if not TYPE_CHECKING:  # to a type checker this would make every name of kdlib right

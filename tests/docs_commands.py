@@ -4,9 +4,19 @@ from __future__ import annotations
 
 import shlex
 
+import accelerate.commands.launch
+
 RESNET = "accelerate launch recipes/resnet/run.py"
 RIFORMER = "accelerate launch recipes/riformer/run.py"
 CONFIGS = "recipes/riformer/configs"
+STUDY = "accelerate launch recipes/riformer/study.py"
+GRAPHS = "--jobs 16 compile.mode=graphs threads=1 data.augment.crop_padding=2"
+FSDP = "accelerate launch --use_fsdp --fsdp_version 2 --num_processes 8"
+POLICIES = (
+    "TRANSFORMER_BASED_WRAP --fsdp_transformer_layer_cls_to_wrap Block",
+    "SIZE_BASED_WRAP --fsdp_min_num_params 1000000",
+)
+EIGHT = "torchrun --standalone --nproc-per-node 8 run.py"
 
 INSTALLS = ("python3 -m venv ", "pip install ", "git clone ", ". activate", "python -m pytest", "sphinx-build ")
 """What .ci/run does in an empty environment, or any developer."""
@@ -81,12 +91,34 @@ HELP = [
     "python recipes/riformer/measure/latency.py --out vit_latency.json",
     "python recipes/riformer/measure/receptive_field.py runs/riformer --out field.json",
     "python recipes/riformer/measure/affine_scales.py runs/riformer runs/other --out scales.json",
+    "python benchmarks/step.py --budget 540 --jobs 6 --out benchmarks/results/step.json",
+    "python benchmarks/step.py --cpu --out benchmarks/results/step_cpu.json",
+    "python benchmarks/scaling.py --processes 1 2 --out benchmarks/results/scaling.json",
+    "kdlib shards /data/set train='train-*.tar' …",
+    "kdlib shards /data/set train='train-*.tar' validation='val-*.tar' --classes names.txt",
+    *(f"{FSDP} --fsdp_auto_wrap_policy {policy} run.py" for policy in POLICIES),
+    f"{STUDY} imitation --data fashion_mnist_5k --seeds 5 {GRAPHS}",
+    f"{STUDY} imitation --data fashion_mnist_5k --seeds 5 --out runs/studies/imitation-1k {GRAPHS} data.limit=1000 "
+    "epochs=100",
+    f"{STUDY} imitation --data fashion_mnist --seeds 3 --rows soft 'whole run, λ of the paper' 'initial weights, soft' "
+    f"{GRAPHS}",
+    f"{STUDY} ladder --data fashion_mnist_5k --seeds 3 --out runs/studies/ladder-crops {GRAPHS}",
 ]
 """A GPU, a download, an upload, or runs that the page does not make: ``--help``, in which their options must be."""
 
 
+STREAMS = [
+    "data.name=wds/ data.root=/data/set",
+    "data.name=wds/ data.root=https://HOST/set data.classes=1000",
+    "data.name=hfids/OWNER/SET 'data.splits=[train, test]'",
+]
+"""Large data and eight GPUs: the config is checked."""
+
+
 def _help(command: str) -> str:
-    return f"{shlex.join(shlex.split(command)[:2])} --help"
+    if command.startswith(FSDP):
+        return f"python {accelerate.commands.launch.__file__} --help"
+    return f"{shlex.join(shlex.split(command)[: 3 if command.startswith('accelerate') else 2])} --help"
 
 
 COMMANDS: dict[str, str | None] = {
@@ -97,5 +129,6 @@ COMMANDS: dict[str, str | None] = {
     },
     **{command: f"{command} --dry-run" for command in DRY},
     **{command: _help(command) for command in HELP},
+    **{f"{EIGHT} {words}": f"{RESNET} {words} --print-config" for words in STREAMS},
 }
 """The command as shown, or ``page: command``, to what is executed; None is the command itself."""

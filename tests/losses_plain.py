@@ -135,7 +135,7 @@ def standardized(loss: Any, s: Tensor, t: Tensor) -> Tensor:
 
 @plain
 def learnable_temperature(loss: Any, s: Tensor, t: Tensor) -> Tensor:
-    temperature = loss.start + loss.span * loss.theta.detach().sigmoid()
+    temperature = loss.start + loss.span * loss.theta.detach()[0].sigmoid()
     return kl((t / temperature).softmax(1), (s / temperature).softmax(1)).mean() * temperature**2
 
 

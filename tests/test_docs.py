@@ -141,6 +141,7 @@ def execute(command: str) -> None:
     elif first == "python":
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", rest)
+            patch.syspath_prepend(str(Path(rest[0]).resolve().parent))  # as for a script
             code: object = 0
             try:
                 runpy.run_path(rest[0], run_name="__main__")

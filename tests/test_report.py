@@ -245,7 +245,7 @@ def test_the_initial_student_is_the_one_that_training_started_from(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, outcome: runs.Outcome
 ) -> None:
     seen: list[runs.Ready] = []
-    monkeypatch.setattr(runs, "_train", lambda ready, _: seen.append(ready) or ({"top1": 0.0}, None))
+    monkeypatch.setattr(runs, "_train", lambda ready, _: seen.append(ready) or ({"top1": 0.0}, ready.student, None))
     again = copy(made, tmp_path)
     for name in ("summary.json", "student.safetensors"):
         (again / name).unlink()

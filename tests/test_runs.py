@@ -178,7 +178,7 @@ def test_the_teacher_that_was_trained_is_the_one_that_teaches(
 ) -> None:
     output, outcome = finished
     seen: list[runs.Ready] = []
-    monkeypatch.setattr(runs, "_train", lambda ready, _: seen.append(ready) or ({"top1": 0.0}, None))
+    monkeypatch.setattr(runs, "_train", lambda ready, _: seen.append(ready) or ({"top1": 0.0}, ready.student, None))
     again = output.parent / "once more"
     runs.run(whole(folder, again))
     (ready,) = seen

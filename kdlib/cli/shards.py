@@ -3,7 +3,9 @@
   kdlib shards /data/imagenet train='train-*.tar' validation='val-*.tar' --classes names.txt
 
 A tar holds name.jpg (or .jpeg, .png, .webp, .bmp, .ppm) beside name.cls, the number of its class, as webdataset's
-TarWriter writes them. Only names are read. From Python: kdlib.data.indexing.write_info(root, splits, classes).
+TarWriter writes them. Only names are read.
+
+From Python: kdlib.data.write_info(root, splits, classes).
 """
 
 from __future__ import annotations

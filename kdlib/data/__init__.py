@@ -13,6 +13,7 @@ import torch
 from .augment import ARRAYS_ONLY, FILES_ONLY, Augment, BatchAugment, eval_transform, train_transform
 from .fashion import FASHION_MEAN, FASHION_STD, Arrays, embedded, fashion_mnist
 from .hub import hub_shards
+from .indexing import write_info
 from .loaders import ArrayLoader, FileLoader, Loader, Normalise, with_targets
 from .outlines import outline
 from .samplers import EpochBatches
@@ -20,7 +21,7 @@ from .shards import Shards, tar_shards
 from .sources import STREAMS, TIMM, Files, Spread, image_folder, timm_dataset
 from .streams import ShardBatches, ShardLoader
 
-__all__ = ["Augment", "Data", "Loader", "load", "with_targets"]
+__all__ = ["Augment", "Data", "Loader", "load", "with_targets", "write_info"]
 
 Source = Arrays | Files | Shards
 NAMES = ("fashion-mnist-5k", "fashion-mnist", "folder")
