@@ -63,9 +63,7 @@ def test_it_is_refused_at_once_and_nothing_happens(
     Path("x.yaml").write_text(text)
     began = time.process_time()
     assert launch.main(lambda recipe: None, Path("x.yaml"), ["x.yaml"]) == 2
-    assert (
-        time.process_time() - began < 5
-    )  # an exponential parse takes minutes; a busy machine takes 2 s for what is linear
+    assert time.process_time() - began < 2
     said = capsys.readouterr().err
     assert says in said and "Traceback" not in said and max(map(len, said.splitlines())) < 500
     assert sorted(os.listdir()) == ["x.yaml"] and not (tmp_path / "__pycache__").exists()
