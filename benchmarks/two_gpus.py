@@ -257,6 +257,12 @@ trackers: []
     )
 
 
+def write(result: dict[str, Any], out: Path | None) -> None:
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cpu", action="store_true")
@@ -284,12 +290,11 @@ def main() -> None:
             result[precision] = compare(precision, found, folder)
             for kind, row in result[precision].items():
                 print(precision, kind, json.dumps(row), flush=True)
+            write(result, given.out)
     result["seconds"] = round(time.perf_counter() - began)
     result["ok"] = all(row["ok"] for precision in PRECISIONS for row in result[precision].values())
     print("ok" if result["ok"] else "two processes are not one", f"in {result['seconds']} s")
-    if given.out:
-        given.out.parent.mkdir(parents=True, exist_ok=True)
-        given.out.write_text(json.dumps(result, indent=1) + "\n")
+    write(result, given.out)
     sys.exit(not result["ok"])
 
 

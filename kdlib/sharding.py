@@ -25,6 +25,8 @@ from .distiller import Distilled, Distiller
 
 OPTIMIZERS = ("Adam", "AdamW", "Lamb", "Lion", "NAdamW", "SGD")
 """Those that were seen to do with pieces what they do with whole tensors (tests/test_sharding.py)."""
+FUSED = ("Adam", "AdamW")
+"""Those whose fused kernel takes pieces."""
 
 
 def begin(accelerator: Accelerator) -> None:
@@ -74,6 +76,8 @@ def shard(
     sharded = dict(distiller.named_parameters())
     for group in optimizer.param_groups:
         group["params"] = [sharded[names[parameter]] for parameter in group["params"]]
+        if type(optimizer).__name__ not in FUSED and "fused" in group:
+            group["fused"] = False
     if ema is not None:
         _split(ema.module, blocks, mesh, again)
         ema.foreach = False  # its fused update wants a list of one kind, and buffers are whole

@@ -61,10 +61,10 @@ SCRIPT = textwrap.dedent(
             randomise(distiller, 9)  # all begin as the main process
         return distiller, kd.Teacher(teacher, plan.terms)
 
-    def train(accelerator, name, accumulate):
+    def train(accelerator, name, accumulate, **more):
         world, rank = accelerator.num_processes, accelerator.process_index
         distiller, ask = build(rank)
-        optimizer = create_optimizer_v2(distiller, opt=name, lr=0.01, weight_decay=0.05)
+        optimizer = create_optimizer_v2(distiller, opt=name, lr=0.01, weight_decay=0.05, **more)
         if world > 1:
             sharding.shard(accelerator, distiller, optimizer)
         engine, prepared = accelerator.prepare(distiller, optimizer)
@@ -104,6 +104,7 @@ SCRIPT = textwrap.dedent(
         accelerator = Accelerator(cpu=True)
         sharding.begin(accelerator)
         told = {{name: train(accelerator, name, 1) for name in ("sgd", "adam", "adamw", "nadamw", "lamb", "lion")}}
+        told |= {{f"fused {{name}}": train(accelerator, name, 1, fused=True) for name in ("sgd", "adam", "adamw")}}
         told["accumulated"] = train(accelerator, "momentum", 2)
         torch.save(told | {{"world": accelerator.num_processes}}, f"{{out}}.{{accelerator.process_index}}")
 
@@ -167,7 +168,7 @@ def test_two_processes_give_the_gradients_of_one(outcomes: Any) -> None:
         torch.testing.assert_close(told["sgd"]["answer"], one["sgd"]["answer"], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", [*OPTIMIZERS, "accumulated"])
+@pytest.mark.parametrize("name", [*OPTIMIZERS, "fused sgd", "fused adam", "fused adamw", "accumulated"])
 def test_two_processes_give_the_weights_and_optimizer_state_of_one(name: str, outcomes: Any) -> None:
     (one,), ranks = outcomes[1], outcomes[2]
     for told in ranks:
