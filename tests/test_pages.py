@@ -25,14 +25,14 @@ def maker(page: str) -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("page", ["performance", "riformer"])
+@pytest.mark.parametrize("page", ["distributed", "performance", "riformer"])
 def test_the_tables_are_up_to_date(page: str) -> None:
     module = maker(page)
     stored = module.PAGE.read_text()
     assert stored == generated.fill(stored, module.TABLES), f"run docs/make_{page}.py"
 
 
-@pytest.mark.parametrize("page", ["performance", "riformer"])
+@pytest.mark.parametrize("page", ["distributed", "performance", "riformer"])
 def test_a_changed_result_changes_the_page(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for path in generated.RESULTS.glob("*.json"):
         text = path.read_text()
