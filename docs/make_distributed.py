@@ -42,5 +42,7 @@ def two_gpus() -> str:
     return f"{about}, {found['date']}, {found['seconds']} s.\n\n{table(heads, rows)}"
 
 
+TABLES = {"two_gpus": two_gpus}
+
 if __name__ == "__main__":
-    main(PAGE, {"two_gpus": two_gpus})
+    main(PAGE, TABLES)

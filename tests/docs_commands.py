@@ -52,6 +52,7 @@ AS_SHOWN = [
 
 WITH = {
     f"{RESNET} save_every=20": SHORT["resnet"],
+    f"{RESNET} log_every=10 log_gradients=true output=runs/followed": SHORT["resnet"],
     f"{RESNET} student.weights=runs/resnet/student.safetensors output=runs/resnet_more": SHORT["resnet"],
     f"docs/start.md: {RIFORMER}": SHORT["riformer"],
     "accelerate launch run.py my.yaml epochs=10": "epochs=1 data.limit=64 data.batch_size=32 threads=1 "
