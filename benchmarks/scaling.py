@@ -55,7 +55,11 @@ def build(given: argparse.Namespace, processes: int) -> Step:
 def times(given: argparse.Namespace, processes: int) -> list[float]:
     """Milliseconds of a step in each round, the slowest process's."""
     step = build(given, processes)
-    for _ in range(1 if given.cpu else 5):
+    began = time.perf_counter()
+    step()
+    synchronize(given.cpu)
+    print(f"{processes} processes: first step {time.perf_counter() - began:.0f} s", flush=True)
+    for _ in range(0 if given.cpu else 4):
         step()
     found = []
     for _ in range(given.rounds):
@@ -108,6 +112,8 @@ def main() -> None:
     given.batch = given.batch or (4 if given.cpu else 128)
     given.rounds = given.rounds or (3 if given.cpu else 20)
     given.repeats = 1 if given.cpu else 5
+    if given.rounds < 2:
+        parser.error("--rounds: at least 2, for their quartiles")
     if not given.cpu and torch.cuda.device_count() < max(given.processes):
         parser.error(
             f"{torch.cuda.device_count()} GPUs here, {max(given.processes)} are asked for; --cpu works anywhere"
