@@ -134,9 +134,33 @@ def _floors(part: list[float], passes: dict[str, int]) -> list[str]:
     return [f"{flop / 1e9:,.0f}", f"{flop / 790e9:.2f}", *times]
 
 
+def kernels() -> str:
+    """Each stage of the fused M36: compiled, and the best tiles of both ways of the kernels."""
+    found = result("fused_blocks")
+    assert found is not None
+    ways = {"compiled": "compiled", "on chip": "hidden layer on chip", "two products": "GELU in the product"}
+    rows, sums = [], dict.fromkeys(ways, 0.0)
+    for stage in (1, 2, 3, 4):
+        of = [row for row in found["rows"] if row.get("stage") == stage and "ms" in row]
+        best = {way: min((row["ms"] for row in of if row["who"].startswith(way)), default=None) for way in ways}
+        sums["compiled"] += best["compiled"]
+        sums["on chip"] += min(ms for way, ms in best.items() if ms is not None and way != "compiled")
+        rows.append(
+            (f"stage {stage}", str(of[0]["blocks"]), *("-" if ms is None else f"{ms:.2f}" for ms in best.values()))
+        )
+    rows.append(("all", "36", f"{sums['compiled']:.2f}", f"{sums['on chip']:.2f}, the better of both", ""))
+    wrong = {row["who"]: row["relative"] for row in found["rows"] if row["what"] == "error"}
+    note = (
+        f"Logits of the whole model in bf16 are off by {100 * wrong['plain']:.2f} % without and "
+        f"{100 * wrong['kernels']:.2f} % with kernels (norm of the difference from float32, over its norm)."
+    )
+    heads = ("blocks of", "count", *(f"{text}, ms" for text in ways.values()))
+    return f"{about(found)} {note}\n\n{table(heads, rows)}"
+
+
 TABLES = {
     "step": lambda: step("step"), "step_cpu": lambda: step("step_cpu"), "throughput": throughput, "scaling": scaling,
-    "losses": losses, "roofline": roofline,
+    "losses": losses, "roofline": roofline, "kernels": kernels,
 }  # fmt: skip
 
 if __name__ == "__main__":

@@ -304,13 +304,15 @@ def test_forms_are_what_they_are_called() -> None:
 
 def test_what_the_headline_needs_comes_first() -> None:
     jobs = throughput.order(throughput.MODELS, throughput.SETTINGS)
-    assert len(jobs) == len(set(jobs)) == 8 * (5 + 2 * 5 + 2)
-    first = ["riformer_m36", "poolformer_m36", "gfnet_h_b", "gfnet_h_b", "riformer_s12", "poolformer_s12"]
-    assert [job.model for job in jobs[:6]] == first
-    assert {str(job.setting) for job in jobs[:6]} == {"compiled-bf16-channels_last"}
+    assert len(jobs) == len(set(jobs)) == 8 * (5 + 2 * 5 + 2) + 5  # and five RIFormers by kernels
+    first = ["riformer_m36", "poolformer_m36", "gfnet_h_b", "gfnet_h_b", "riformer_m36"]
+    first += ["riformer_s12", "poolformer_s12", "riformer_s12"]
+    assert [job.model for job in jobs[:8]] == first
+    assert [str(job.setting) for job in jobs[:8] if job.form == "kernels"] == ["eager-bf16-channels_last"] * 2
+    assert {str(job.setting) for job in jobs[:8] if job.form != "kernels"} == {"compiled-bf16-channels_last"}
     headline = {"riformer_m36", "poolformer_m36", "gfnet_h_b", "riformer_s12", "poolformer_s12"}
     half = [job for job in jobs if job.setting.precision == "bf16"]
-    assert jobs[: len(half)] == half and {job.model for job in half[: 4 * 8]} == headline
+    assert jobs[: len(half)] == half and {job.model for job in half[: 4 * 8 + 2]} == headline
     left = [job.setting.mode for job in jobs if job.model == "riformer_m36" and job.setting.precision == "fp32"]
     assert left == ["eager", "eager", "compiled", "compiled"]  # whether to compile is judged by eager
 
@@ -405,8 +407,9 @@ def test_a_budget_that_is_used_up_says_what_was_left_out() -> None:
     report = throughput.measure(
         ["riformer_nano"], CPU, settings=throughput.SETTINGS, batch=1, runs=1, repeats=1, budget=0
     )
-    assert not report["rows"] and not report["best"] and len(report["skipped"]) == 8
-    assert {each["reason"] for each in report["skipped"]} == {"0 s were left of the budget"}
+    assert not report["rows"] and not report["best"] and len(report["skipped"]) == 9
+    reasons = {each["form"]: each["reason"] for each in report["skipped"]}
+    assert reasons == {"full": "0 s were left of the budget", "kernels": "the kernels need a GPU"}
 
 
 def test_a_first_look_that_is_too_slow_is_not_repeated() -> None:
@@ -438,7 +441,7 @@ WRONG = [
     ("affine_scales", ["nowhere"], "holds no student.safetensors"),
     ("affine_scales", ["a", "b", "--labels", "one"], "1 given for 2 sources"),
     ("throughput", ["--models", "riformer_s13"], "timm knows no model 'riformer_s13'"),
-    ("throughput", ["--models", "riformer_s12:fast"], "has the forms full, norm, train"),
+    ("throughput", ["--models", "riformer_s12:fast"], "has the forms full, kernels, norm, train"),
     ("throughput", ["--settings", "compiled"], "no setting 'compiled'"),
 ]
 

@@ -24,13 +24,14 @@ GOALS = {
 }
 """How many times as fast as its rivals a fused RIFormer is to be on one device, each model at its best setting."""
 FORMS = {
-    "riformer": ("full", "norm", "train"),
+    "riformer": ("full", "kernels", "norm", "train"),
     "poolformer": ("timm", "kdlib"),
     "gfnet": ("real", "complex"),
 }
-"""Ways to run the same function, by family: RIFormer fused fully, as in the paper, or not at all; PoolFormer as timm
-has it, or as our MetaFormer; GFNet's filter in real arithmetic, or in complex arithmetic outside of compiled graphs."""
-USUAL = {"riformer": ("full",), "poolformer": ("timm", "kdlib"), "gfnet": ("real", "complex")}
+"""Ways to run the same function, by family: RIFormer fused fully, that by kernels, as in the paper, or not at all;
+PoolFormer as timm has it, or as our MetaFormer; GFNet's filter in real arithmetic, or in complex arithmetic outside of
+compiled graphs."""
+USUAL = {"riformer": ("full", "kernels"), "poolformer": ("timm", "kdlib"), "gfnet": ("real", "complex")}
 """The forms that are tried where none is asked for."""
 TOKENS = ("full", "real", "complex")
 """Forms whose blocks work on channels-last tokens whatever the layout of the image."""
@@ -89,7 +90,11 @@ def build(name: str, form: str, pixels: int, device: torch.device, dtype: torch.
             raise ValueError(f"there is no {name}")
     sized: dict[str, Any] = {"img_size": pixels} if family(name) == "gfnet" else {}  # the others take any size
     net = timm.create_model(name, **sized).eval()
-    if family(name) == "riformer" and form != "train":
+    if form == "kernels":
+        from recipes.riformer.fast import with_kernels  # needs Triton
+
+        net = with_kernels(net)
+    elif family(name) == "riformer" and form != "train":
         net = model.fuse(net, form)
     net = net.to(device, dtype)
     if form == "complex":  # last, since a change of dtype would drop the imaginary part

@@ -56,6 +56,8 @@ SETTINGS = tuple(
     for layout in ("channels_last", "contiguous")
 )
 """The likely best first."""
+BY_KERNELS = tuple(Setting("eager", precision, "channels_last") for precision in ("bf16", "fp16"))
+"""What the form "kernels" is for: it is neither compiled nor run in full precision."""
 MORE = tuple(setting._replace(precision=precision) for setting in SETTINGS[:4] for precision in ("tf32", "fp16"))
 
 
@@ -77,7 +79,9 @@ def order(models: Sequence[str], settings: Sequence[Setting]) -> list[Job]:
         group = next((at for at, names in enumerate(FIRST) if name in names), len(FIRST))
         for number, form in enumerate(forms):
             for rank, setting in enumerate(settings):
-                likely = number == rank == 0 or (rank == 0 and contestants.family(name) == "gfnet")
+                if form == "kernels" and setting not in BY_KERNELS:
+                    continue
+                likely = (rank == 0 and (number == 0 or contestants.family(name) == "gfnet")) or form == "kernels"
                 last = 3 if setting.precision not in ("bf16", settings[0].precision) else 2
                 wave = last if last == 3 or group == len(FIRST) else 0 if likely else 1
                 cheap_first = (setting.mode == "compiled") == (wave == 3)  # what compiling may gain is judged by eager
@@ -85,9 +89,11 @@ def order(models: Sequence[str], settings: Sequence[Setting]) -> list[Job]:
     return [job for _, job in sorted(ranked, key=lambda at: at[0])]
 
 
-def reason_to_skip(job: Job, rows: Sequence[tool.Report]) -> str | None:
+def reason_to_skip(job: Job, rows: Sequence[tool.Report], device: torch.device | None = None) -> str | None:
     """Why ``job`` cannot be its model's best setting, judging by what was measured; None if it may be."""
     mode, precision, layout = job.setting
+    if job.form == "kernels" and device is not None and device.type != "cuda":
+        return "the kernels need a GPU"
     mine = [row for row in rows if row["model"] == job.model and "images_per_second" in row]
     if mode == "compiled" and layout == "contiguous" and job.form in contestants.TOKENS:
         twin = str(job.setting._replace(layout="channels_last"))
@@ -168,7 +174,7 @@ def measure(
     protocol = {"batch": batch, "runs": runs, "repeats": repeats, "budget": None if budget == float("inf") else budget}
     report = clock.about(device, **protocol, rows=[], skipped=[])
     for job in order(models, settings):
-        reason, left = reason_to_skip(job, report["rows"]), budget - (time.perf_counter() - began)
+        reason, left = reason_to_skip(job, report["rows"], device), budget - (time.perf_counter() - began)
         if reason is None and left <= longest[job.setting.mode]:
             reason = f"{max(left, 0):.0f} s were left of the budget"
         if reason is not None:
