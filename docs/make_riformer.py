@@ -51,6 +51,26 @@ def ladder() -> str:
     return f"{about}\n\n{table(heads, lines)}\n\nNot reached: {', '.join(f'`{row}`' for row in lacking)}."
 
 
+def imitation() -> str:
+    """The rows that were finished, each against labels alone and against its own seed's logit teacher."""
+    found = _result("imitation_5k")
+    top1 = {row: {int(seed): float(value) for seed, value in of.items()} for row, of in found["top1"].items()}
+    labels, teacher = top1["labels"], next(of for row, of in top1.items() if row.startswith("teacher wide"))
+    lines = []
+    for row, of in top1.items():
+        own, student = mean(list(of.values())), not row.startswith("teacher")
+        over = [_gain(difference(of, other) if student and other is not of else None) for other in (labels, teacher)]
+        seeds = " ".join(f"{of[seed]:.2f}" if seed in of else "-" for seed in range(5))
+        lines.append((row, f"{own.mean:.2f} ± {own.sd:.2f}", *over[0], *over[1], seeds))
+    heads = ("row", "top-1 %, mean ± sd", "over labels", "95 % interval", "over the logit teacher", "95 % interval",
+             "seeds 0 to 4")  # fmt: skip
+    about = (
+        f"{found['device']}, torch {found['torch']}, {found['date']}, cut off after {found['seconds']:.0f} s: "
+        f"`{found['command']}`."
+    )
+    return f"{about}\n\n{table(heads, lines)}"
+
+
 def _gain(gain: Mean | None) -> tuple[str, str]:
     if gain is None:
         return "", ""
@@ -97,7 +117,7 @@ def throughput() -> str:
     return f"{about}\n\n{table(('model', 'against', 'times as fast', 'paper', 'goal here'), lines)}"
 
 
-TABLES = {"ladder": ladder, "nano": nano, "sixty": sixty, "throughput": throughput}
+TABLES = {"ladder": ladder, "imitation": imitation, "nano": nano, "sixty": sixty, "throughput": throughput}
 
 if __name__ == "__main__":
     main(PAGE, TABLES)

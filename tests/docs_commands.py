@@ -100,6 +100,7 @@ HELP = [
     "kdlib shards /data/set train='train-*.tar' …",
     "kdlib shards /data/set train='train-*.tar' validation='val-*.tar' --classes names.txt",
     *(f"{FSDP} --fsdp_auto_wrap_policy {policy} run.py" for policy in POLICIES),
+    f"{STUDY} beginning --data fashion_mnist_5k --seeds 5 {GRAPHS}",
     f"{STUDY} imitation --data fashion_mnist_5k --seeds 5 {GRAPHS}",
     f"{STUDY} imitation --data fashion_mnist_5k --seeds 5 --out runs/studies/imitation-1k {GRAPHS} data.limit=1000 "
     "epochs=100",

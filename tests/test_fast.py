@@ -1,4 +1,4 @@
-"""The kernels of a fused RIFormer: the algebra in float64, the kernels interpreted on a CPU, and on a GPU if there is."""
+"""The kernels of a fused RIFormer: the algebra in float64, the kernels interpreted on a CPU, and on a GPU if any."""
 
 from __future__ import annotations
 
@@ -115,7 +115,9 @@ def test_gradients_go_the_plain_way() -> None:
 
 
 def test_what_does_not_divide_into_tiles_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"48 channels and 192 hidden ones do not divide into tiles .* without kernels"):
+    with pytest.raises(
+        ValueError, match=r"48 channels and 192 hidden ones do not divide into tiles .* without kernels"
+    ):
         fast.FastBlocks(random_blocks(48))
     with pytest.raises(ValueError, match="channels: got 80, expected 1, 2 or 3 times a power of two"):
         fast.FastBlocks(random_blocks(80), on_chip=True)

@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 
 import pytest
+import timm
+import torch
 from conftest import ROOT
 from matplotlib import image
 
@@ -22,6 +24,7 @@ from kdlib.study.paired import T975, difference, mean
 from kdlib.study.rows import Study, choose, load_study, recipes
 from kdlib.study.run import Results, gather, run
 from kdlib.yaml12 import dump
+from recipes.riformer import gfnet, model  # noqa: F401  registers the models
 
 SCRIPT = ROOT / "recipes" / "riformer" / "study.py"
 SCALE = """
@@ -40,6 +43,17 @@ rows:
   soft: []
   both: [terms.label.loss=cross_entropy]
 """
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "recipes/riformer/studies").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_study_of_the_recipe_becomes_recipes_of_models_that_can_be_built(file: Path, tmp_path: Path) -> None:
+    study = load_study(file)
+    for scale in ("fashion_mnist_5k", "fashion_mnist"):
+        planned = recipes(study, ROOT / f"recipes/riformer/configs/scales/{scale}.yaml", 1, tmp_path, [])
+        assert [name for name, _ in planned] == list(study.rows)
+    for recipe in planned.values():
+        with torch.device("meta"):
+            timm.create_model(recipe.student.name, num_classes=10, in_chans=1, **recipe.student.arguments)
 
 
 def test_a_mean_is_the_one_worked_out_by_hand() -> None:
@@ -133,7 +147,6 @@ def test_a_wrong_study_is_one_line(tmp_path: Path, text: str, what: str) -> None
 def test_a_wrong_command_is_one_line(
     tmp_path: Path, arguments: list[str], what: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from recipes.riformer import model  # noqa: F401  registers riformer_nano
 
     (tmp_path / "scale.yaml").write_text(SCALE)
     (tmp_path / "studies").mkdir()
@@ -162,7 +175,6 @@ def _noted(recipe):  # in a worker process: what was trained, in which order, sh
 
 
 def test_equal_teachers_are_trained_once_and_a_failure_stops_no_one(tmp_path: Path) -> None:
-    from recipes.riformer import model  # noqa: F401
 
     (tmp_path / "scale.yaml").write_text(SCALE)
     study = Study("s", {"soft": [], "fails": [], "both": ["epochs=2"]}, {})
