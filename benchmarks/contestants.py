@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from work import BLOCK, MIXER, Step, Work, train
 
 import kdlib as kd
-from kdlib import compiling
 from kdlib.losses import FeatureMSE, GramRelation, SoftTarget
+from kdlib.training import compiling
 
 Build = Callable[[Work, str | None], Step]
 

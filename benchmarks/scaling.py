@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from contestants import kdlib_parts
 from work import Step, about, busy, train, works
 
-from kdlib import compiling
+from kdlib.training import compiling
 
 
 def build(given: argparse.Namespace, processes: int) -> Step:

@@ -38,8 +38,9 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import kdlib as kd
-from kdlib import config, evaluation, progress, recipe, runs, sharding
+from kdlib import config, progress, recipe, runs
 from kdlib.losses import CrossEntropy, FeatureMSE, GramRelation, InfoNCE, SoftTarget
+from kdlib.training import evaluation, sharding
 from recipes.riformer import gfnet, model  # noqa: F401  registers the models
 
 LAST = "stages.*.blocks.-1"

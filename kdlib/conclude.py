@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from . import checkpoint, results, runfolder, runs
+from . import results, runs
 from .progress import console
 from .recipe import Recipe
+from .training import checkpoint, runfolder
 
 
 def conclude(

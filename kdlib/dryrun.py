@@ -11,12 +11,12 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from . import runfolder
 from .distiller import Distiller
+from .ready import Ready, get_ready
 from .recipe import Recipe, build, weights
 from .results import count_parameters
-from .runs import Ready, get_ready
 from .terms import Term
+from .training import runfolder
 
 
 class Nowhere(NamedTuple):

@@ -16,8 +16,8 @@ from .plugins import load_plugins
 from .progress import console
 from .recipe import Recipe, json_schema, load
 from .recipe.weights import Convert
-from .runfolder import resolved
 from .signals import Stopped, ending
+from .training.runfolder import resolved
 from .usage import usage
 from .yaml12 import dump
 

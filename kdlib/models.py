@@ -16,7 +16,7 @@ from .data import Data
 from .recipe import Recipe, build, load
 from .recipe.weights import load_weights, read_weights
 from .recipe.wording import nearest
-from .runfolder import CONFIG, STUDENT
+from .training.runfolder import CONFIG, STUDENT
 from .yaml12 import YAMLError, parse
 
 IMPORT_HINT = "; models of a recipe need --import, e.g. --import recipes.riformer.run"

@@ -18,9 +18,9 @@ import torch
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 
-from kdlib import checkpoint
-from kdlib.checkpoint import MANIFEST, TENSORS, TREE, load_latest, save, save_weights, write_json
-from kdlib.randomness import random_state, set_random_state
+from kdlib.training import checkpoint
+from kdlib.training.checkpoint import MANIFEST, TENSORS, TREE, load_latest, save, save_weights, write_json
+from kdlib.training.randomness import random_state, set_random_state
 from tests.conftest import ROOT
 
 CPU = torch.device("cpu")
@@ -290,7 +290,7 @@ def test_a_write_that_fails_leaves_what_was_there_and_no_draft(
 FULL_DISK = """
 import sys, torch
 from pathlib import Path
-from kdlib import checkpoint
+from kdlib.training import checkpoint
 folder = Path(sys.argv[1])
 checkpoint.save(folder, 8, {"x": torch.zeros(100)})
 import resource, signal

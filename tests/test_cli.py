@@ -196,7 +196,8 @@ def test_a_process_ends_with_code_2_and_no_traceback(tmp_path: Path) -> None:
 KILLED = """
 import os, sys
 sys.path.insert(0, {root!r})
-from kdlib import checkpoint, launch
+from kdlib import launch
+from kdlib.training import checkpoint
 from recipes.riformer import run
 save = checkpoint.save
 def save_and_die(folder, step, *rest):

@@ -18,10 +18,10 @@ from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 
 import kdlib as kd
-from kdlib import compiling
 from kdlib.data import Data
 from kdlib.losses import CrossEntropy, FeatureMSE, GramRelation, SoftTarget
-from kdlib.train import Training
+from kdlib.training import compiling
+from kdlib.training.train import Training
 
 EPOCHS = 4
 

@@ -10,8 +10,8 @@ from conftest import Tiny, randomise
 from torch import Tensor, nn
 
 import kdlib as kd
-from kdlib import compiling
 from kdlib.losses import FeatureMSE, GramRelation, SoftTarget
+from kdlib.training import compiling
 
 CPU = torch.device("cpu")
 

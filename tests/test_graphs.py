@@ -10,8 +10,8 @@ from torch import Tensor
 
 import kdlib as kd
 from kdlib.distiller import Distilled
-from kdlib.graphs import Graphs, try_graphs
 from kdlib.losses import CrossEntropy, FeatureMSE, SoftTarget
+from kdlib.training.graphs import Graphs, try_graphs
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 

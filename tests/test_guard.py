@@ -11,10 +11,10 @@ from conftest import Tiny, randomise
 from torch import Tensor, nn
 
 import kdlib as kd
-from kdlib import gradients
 from kdlib.data.samplers import EpochBatches
-from kdlib.guard import Shield, find, images
-from kdlib.journal import GRADIENT, LOSS
+from kdlib.training import gradients
+from kdlib.training.guard import Shield, find, images
+from kdlib.training.journal import GRADIENT, LOSS
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 
 from kdlib import launch
 from kdlib.recipe import Recipe
-from kdlib.runfolder import beside
+from kdlib.training.runfolder import beside
 
 GOOD = "student: {name: resnet18}\nterms: {label: {loss: cross_entropy}}\n"
 

@@ -13,8 +13,8 @@ from laws import subject
 from torch import Tensor, nn
 
 import kdlib as kd
-from kdlib import checkpoint
 from kdlib.losses import LOSSES
+from kdlib.training import checkpoint
 
 LEARN = sorted(name for name in LOSSES if subject(name).learned or name == "learnable_temperature")
 

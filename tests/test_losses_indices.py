@@ -11,10 +11,11 @@ from torch import Tensor
 
 import recipes.riformer.gfnet
 import recipes.riformer.model  # noqa: F401  registers the models
-from kdlib import checkpoint, data, runs
+from kdlib import data, runs
 from kdlib.config import ConfigError, read
 from kdlib.data import Data, with_targets
 from kdlib.recipe import Recipe, load
+from kdlib.training import checkpoint
 from tests.conftest import ROOT
 from tests.test_data import write_images
 

@@ -14,8 +14,9 @@ from matplotlib import image
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from kdlib import checkpoint, recipe, runfolder, runs
+from kdlib import recipe, runs
 from kdlib.config import read
+from kdlib.training import checkpoint, runfolder
 from recipes.riformer import gfnet, model
 from recipes.riformer.measure import affine_scales, clock, contestants, latency, ranking, receptive_field, throughput
 from recipes.riformer.measure import tool as tool_

@@ -32,7 +32,7 @@ def measure(rank: int, world: int, port: int, roots: list[str], out: str) -> Non
     torch.set_num_threads(1)
     from accelerate import Accelerator
 
-    from kdlib.evaluation import evaluate
+    from kdlib.training.evaluation import evaluate
 
     accelerator, found = Accelerator(cpu=True), []
     assert accelerator.num_processes == world

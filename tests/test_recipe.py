@@ -22,8 +22,8 @@ from kdlib.config import ConfigError, Document, read
 from kdlib.distiller import Distiller
 from kdlib.losses import LOSSES, CrossEntropy
 from kdlib.recipe import Recipe, build, json_schema, load, load_children, weights
-from kdlib.runfolder import resolved
 from kdlib.terms import Term
+from kdlib.training.runfolder import resolved
 from kdlib.yaml12 import dump, parse
 from recipes.riformer.convert import convert
 from tests.conftest import ROOT

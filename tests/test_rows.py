@@ -14,7 +14,7 @@ from kdlib import runs, schedules
 from kdlib.config import read
 from kdlib.dryrun import Nowhere, dry_run
 from kdlib.recipe import Recipe, build, load, load_children, weights
-from kdlib.runfolder import beside, resolved
+from kdlib.training.runfolder import beside, resolved
 from recipes.riformer import gfnet, model  # noqa: F401  registers the models
 from recipes.riformer.convert import convert
 from tests.conftest import ROOT, randomise
@@ -60,7 +60,7 @@ def remembering(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(build, "build_model", build_once)
     monkeypatch.setattr(build, "answer", answer_once)
-    monkeypatch.setattr(runs, "get_ready", check_once)
+    monkeypatch.setattr("kdlib.ready.get_ready", check_once)
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["ablations", "final"])

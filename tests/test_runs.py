@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 
 import recipes.riformer.gfnet
 import recipes.riformer.model  # noqa: F401  registers the models
-from kdlib import checkpoint, runs
+from kdlib import runs
 from kdlib.config import ConfigError, read
 from kdlib.recipe import Recipe, load
+from kdlib.training import checkpoint
 from recipes.riformer.convert import convert
 from tests.conftest import ROOT
 
@@ -291,7 +292,7 @@ def test_a_run_stopped_before_its_summary_is_finished_without_training(
 ) -> None:
     first = runs.run(plain(folder, tmp_path / "r", epochs=1))
     (tmp_path / "r" / "summary.json").unlink()
-    monkeypatch.setattr("kdlib.train.Training._epoch", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr("kdlib.training.train.Training._epoch", lambda *_: pytest.fail("trained again"))
     assert runs.run(plain(folder, tmp_path / "r", epochs=1)).result == first.result
 
 
@@ -447,5 +448,5 @@ def test_several_processes_that_do_not_know_of_each_other_are_refused(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(runs, "Accelerator", lambda **_: type("Alone", (), {"num_processes": 1})())
+    monkeypatch.setattr("kdlib.training.place.Accelerator", lambda **_: type("Alone", (), {"num_processes": 1})())
     assert lines(runs.start, plain(folder, tmp_path / "r"))[0].startswith("launch: 2 processes were started, but each")

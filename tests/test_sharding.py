@@ -17,7 +17,7 @@ from conftest import ROOT
 from safetensors.torch import load_file
 
 import kdlib as kd
-from kdlib import sharding
+from kdlib.training import sharding
 from tests.faults.harness import MEMORY, RICH, SHARDED, Run, check_as_if_nothing_had_been, left
 
 SCRIPT = textwrap.dedent(

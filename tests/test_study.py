@@ -18,11 +18,11 @@ from conftest import ROOT
 from matplotlib import image
 
 from kdlib.config import ConfigError
-from kdlib.runfolder import resolved
 from kdlib.study import main, show
 from kdlib.study.paired import T975, difference, mean
 from kdlib.study.rows import Study, choose, load_study, recipes
 from kdlib.study.run import Results, gather, run
+from kdlib.training.runfolder import resolved
 from kdlib.yaml12 import dump
 from recipes.riformer import gfnet, model  # noqa: F401  registers the models
 

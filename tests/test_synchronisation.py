@@ -20,11 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import kdlib as kd
 from kdlib import data
 from kdlib.data.augment import Augment
-from kdlib.guard import Guard
-from kdlib.journal import Journal
 from kdlib.losses import CRD, CrossEntropy, FeatureMSE, LearnableTemperature, SoftTarget
-from kdlib.state import State
-from kdlib.train import Training
+from kdlib.training.guard import Guard
+from kdlib.training.journal import Journal
+from kdlib.training.state import State
+from kdlib.training.train import Training
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

@@ -19,11 +19,12 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 import kdlib as kd
-from kdlib import tracking
 from kdlib.data import Data
 from kdlib.losses import CrossEntropy, SoftTarget
 from kdlib.results import curves
-from kdlib.train import Training, evaluate
+from kdlib.training import tracking
+from kdlib.training.evaluation import evaluate
+from kdlib.training.train import Training
 
 
 class Batches:
@@ -167,7 +168,7 @@ def test_the_best_student_is_kept_beside_the_last(
         kept.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
         return {"top1": next(scores), "top5": 0.0, "test_loss": 0.0}
 
-    monkeypatch.setattr("kdlib.train.evaluate", score)
+    monkeypatch.setattr("kdlib.training.train.evaluate", score)
     run = training(tmp_path, student)
     run.epochs = 4
     assert run.run() == {"top1": 50.0, "top5": 0.0, "test_loss": 0.0, "best_top1": 50.0, "best_epoch": 2}
@@ -179,7 +180,9 @@ def test_a_run_ends_early_where_nothing_gets_better(
     tmp_path: Path, student: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scores = iter([30.0, 29.0, 31.0, 31.0, 5.0])
-    monkeypatch.setattr("kdlib.train.evaluate", lambda *_: {"top1": next(scores), "top5": 0.0, "test_loss": 0.0})
+    monkeypatch.setattr(
+        "kdlib.training.train.evaluate", lambda *_: {"top1": next(scores), "top5": 0.0, "test_loss": 0.0}
+    )
     run = training(tmp_path, student, patience=2)
     run.epochs = 9
     assert run.run()["best_epoch"] == 3

@@ -10,12 +10,12 @@ from accelerate.utils import set_seed
 from torch import Tensor
 
 from .. import runs
-from ..compiling import resolve
 from ..data import with_targets
 from ..distiller import Distiller, Teacher
 from ..plan import Plan
 from ..recipe import Recipe
 from ..recipe.weights import Convert, inherit
+from ..training.compiling import resolve
 from .balance import Weighed, weigh
 from .cost import Cost, estimate
 from .graph import Compiled, try_compile

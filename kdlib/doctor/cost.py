@@ -13,9 +13,9 @@ from accelerate import Accelerator
 
 from ..data import with_targets
 from ..distiller import Distiller, Teacher
+from ..ready import Ready
 from ..recipe import build
-from ..runfolder import SUMMARY
-from ..runs import Ready
+from ..training.runfolder import SUMMARY
 
 
 @dataclass(frozen=True)

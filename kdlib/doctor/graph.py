@@ -10,8 +10,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ..compiling import compile_whole
 from ..distiller import Distiller, Teacher
+from ..training.compiling import compile_whole
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from .. import runfolder
 from ..adapters import Renormalize
+from ..ready import Ready
 from ..recipe.wording import nearest
-from ..runs import Ready
+from ..training import runfolder
 
 
 @dataclass(frozen=True)

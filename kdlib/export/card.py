@@ -12,7 +12,7 @@ import timm
 import torch
 
 from .. import __version__
-from ..runfolder import SUMMARY
+from ..training.runfolder import SUMMARY
 
 if TYPE_CHECKING:
     from . import Exported

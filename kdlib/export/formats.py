@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .. import checkpoint
 from ..config import ConfigError
+from ..training import checkpoint
 from .context import Context, Model
 from .hub import build_args, home, read_folder, write_folder
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoint import whole
 from ..config import ConfigError
 from ..recipe import weights
+from ..training.checkpoint import whole
 from .opened import open_run
 from .page import render
 from .view import look

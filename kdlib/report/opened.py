@@ -12,13 +12,13 @@ import torch
 from accelerate.utils import set_seed
 from torch import nn
 
-from .. import checkpoint, runfolder
 from ..config import ConfigError, read
 from ..data import Data
 from ..data.samplers import seeded
 from ..distiller import Panel
 from ..recipe import Recipe, build, load, load_children, weights
 from ..recipe.schema import Named
+from ..training import checkpoint, runfolder
 
 
 @dataclass

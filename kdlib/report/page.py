@@ -11,7 +11,7 @@ import torch
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from .. import runfolder
+from ..training import runfolder
 from . import figures, plots, similarity
 from .verdict import beside
 from .view import View

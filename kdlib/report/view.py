@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from .. import runfolder
 from ..results import count_parameters
+from ..training import runfolder
 from ..yaml12 import dump
 from . import figures, plots
 from .answers import Answers, answers

@@ -12,10 +12,10 @@ from time import perf_counter
 
 import torch
 
-from .. import checkpoint
 from ..config import ConfigError, is_assignment
 from ..launch import FAILED, STOPPED, WRONG_INPUT
 from ..progress import console, say
+from ..training import checkpoint
 from . import show
 from .rows import choose, load_study, recipes
 from .run import Train, gather, run

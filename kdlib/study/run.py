@@ -9,9 +9,9 @@ from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .. import runfolder
 from ..progress import bar, say
 from ..recipe import Recipe, load_children
+from ..training import runfolder
 from .paired import Mean, difference, mean
 from .rows import Key, Study
 

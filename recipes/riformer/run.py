@@ -14,11 +14,12 @@ from torch import nn
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))  # so that `recipes` is found when this file is started as a script
 
-from kdlib import checkpoint, launch, runs  # noqa: E402
+from kdlib import launch, runs  # noqa: E402
 from kdlib.conclude import conclude  # noqa: E402
 from kdlib.progress import say  # noqa: E402
 from kdlib.recipe import Recipe  # noqa: E402
-from kdlib.train import evaluate  # noqa: E402
+from kdlib.training import checkpoint  # noqa: E402
+from kdlib.training.evaluation import evaluate  # noqa: E402
 from recipes.riformer import card, gfnet, model  # noqa: E402, F401  registers the models with timm
 from recipes.riformer.convert import convert  # noqa: E402
 

@@ -20,8 +20,9 @@ from PIL import Image
 from timm.models import register_model
 from torch import Tensor, nn
 
-from kdlib import faults, launch, losses, runs, train
+from kdlib import launch, losses, runs
 from kdlib.losses import base
+from kdlib.training import faults, train
 
 
 class Toy(nn.Module):

@@ -21,7 +21,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import save_file
 
-from kdlib.journal import TIMES
+from kdlib.training.journal import TIMES
 from tests.tars import make_shards
 
 processes = multiprocessing.get_context("forkserver")

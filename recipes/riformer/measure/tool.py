@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from kdlib import checkpoint
+from kdlib.training import checkpoint
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -13,9 +13,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from kdlib import config, recipe, runfolder, runs
+from kdlib import config, recipe, runs
 from kdlib.data import Data
 from kdlib.recipe import weights
+from kdlib.training import runfolder
 from recipes.riformer import gfnet, model
 from recipes.riformer.convert import convert
 

@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from .distiller import Distilled, Distiller
+from ..distiller import Distilled, Distiller
 
 OPTIMIZERS = ("Adam", "AdamW", "Lamb", "Lion", "NAdamW", "SGD")
 """Those that were seen to do with pieces what they do with whole tensors (tests/test_sharding.py)."""

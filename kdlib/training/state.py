@@ -11,9 +11,9 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from timm.utils import ModelEmaV3
 
+from ..distiller import Distiller
+from ..progress import say
 from . import checkpoint, faults, sharding
-from .distiller import Distiller
-from .progress import say
 from .randomness import random_state, set_random_state
 from .ranks import on_main, share_buffers
 

@@ -8,8 +8,8 @@ from time import perf_counter
 import torch
 from torch import Tensor, nn
 
+from ..distiller import Distilled
 from .compiling import reason, unchanged
-from .distiller import Distilled
 
 Backward = Callable[[Tensor, dict[str, Tensor]], Distilled]
 """(images, targets) to what a step gives, its backward pass done."""

@@ -13,8 +13,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from ..data import Loader
 from . import checkpoint, faults, tracking
-from .data import Loader
 from .state import Place
 
 METRICS = "metrics.jsonl"

@@ -8,9 +8,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from ..distiller import Distiller
 from . import sharding
 from .compiling import unchanged
-from .distiller import Distiller
 
 
 def norm(accelerator: Accelerator, module: nn.Module, clip: float | None) -> Tensor:

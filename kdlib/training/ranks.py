@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast, broadcast_object_list
 from torch import nn
 
-from .config import ConfigError
+from ..config import ConfigError
 
 Given = TypeVar("Given")
 LOST_WORKER, LOST_PEER = "DataLoader worker", ("gloo", "Connection closed by peer", "Connection reset by peer")

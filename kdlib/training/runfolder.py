@@ -17,12 +17,13 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 
-from . import __version__, checkpoint
-from .config import ConfigError
+from .. import __version__
+from ..config import ConfigError
+from ..recipe import Recipe
+from ..recipe.weights import load_weights
+from ..yaml12 import YAMLError, dump, parse
+from . import checkpoint
 from .lock import LOCK, held
-from .recipe import Recipe
-from .recipe.weights import load_weights
-from .yaml12 import YAMLError, dump, parse
 
 NO_MATTER = ("output", "threads", "log_every", "log_gradients", "save_every", "trackers")
 """Keys that change nothing in what a run computes."""

@@ -13,11 +13,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from ..data import Loader
+from ..data.samplers import Batches
+from ..progress import say
 from . import checkpoint
-from .data import Loader
-from .data.samplers import Batches
 from .journal import GRADIENT, LOSS, Row
-from .progress import say
 from .sharding import local
 
 POLICIES = ("stop", "skip", "rollback")

@@ -17,16 +17,16 @@ from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from ..data import Data, with_targets
+from ..distiller import Distilled, Distiller, Teacher
+from ..progress import bar, say
+from ..signals import Stopped, listen
 from . import checkpoint, compiling, faults, gradients, sharding
-from .data import Data, with_targets
-from .distiller import Distilled, Distiller, Teacher
 from .evaluation import evaluate, with_best
 from .graphs import Graphs, try_graphs
 from .guard import LIMIT, Guard, NotFinite, Shield
 from .journal import GRADIENT, LOSS, Journal
-from .progress import bar, say
 from .ranks import losses_told, on_main, share_buffers
-from .signals import Stopped, listen
 from .state import Place, State
 
 BEST = "student_best.safetensors"

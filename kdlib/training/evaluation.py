@@ -6,7 +6,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from .data import Loader
+from ..data import Loader
 
 
 @torch.no_grad()

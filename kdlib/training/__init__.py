@@ -1,0 +1,1 @@
+"""What a training run is made of, from its first step to its last checkpoint; `kdlib.runs` puts it together."""

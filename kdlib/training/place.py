@@ -1,0 +1,62 @@
+"""Where a run takes place: the launch is checked, accelerate started, threads and precision of products set."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from accelerate import Accelerator, DistributedType
+
+from ..config import ConfigError
+from ..recipe import Recipe
+from . import sharding
+
+FOREIGN = {"DEEPSPEED": "DeepSpeed", "MEGATRON_LM": "Megatron-LM"}
+"""What accelerate launches and kdlib does not take: by its variable, and by name."""
+LAUNCHES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
+
+
+def start(recipe: Recipe) -> Accelerator:
+    """The accelerator of this process, its threads set.
+
+    Raises:
+        ConfigError: the launcher started several processes that do not know of each other, or a precision that this
+            device does not have.
+    """
+    for kind, name in FOREIGN.items():
+        if os.environ.get(f"ACCELERATE_USE_{kind}", "false").lower() == "true":
+            raise ConfigError(
+                [f"launch: {name} is not taken; launch with --use_fsdp --fsdp_version 2, which shards too"]
+            )
+    try:
+        accelerator = Accelerator(mixed_precision="no" if recipe.precision == "none" else recipe.precision)
+    except ValueError as error:
+        what = "launch" if recipe.precision == "none" else f"precision: {recipe.precision} cannot be had here"
+        raise ConfigError([f"{what}: {' '.join(str(error).split())}"]) from None
+    except torch.distributed.DistError as error:
+        raise ConnectionError(f"launch: the processes cannot meet ({' '.join(str(error).split())[:200]})") from None
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world != accelerator.num_processes:
+        raise ConfigError(
+            [
+                f"launch: {world} processes were started, but each runs alone (no GPU, and ACCELERATE_USE_CPU is not "
+                "set); on CPUs start with ACCELERATE_USE_CPU=true torchrun --nproc-per-node …"
+            ]
+        )
+    if accelerator.distributed_type not in LAUNCHES:
+        kind = accelerator.distributed_type.value
+        raise ConfigError([f"launch: {kind} is not taken; launch DDP or FSDP2 (docs/distributed.md)"])
+    try:
+        sharding.begin(accelerator)
+    except ValueError as error:
+        raise ConfigError([f"launch: {error}"]) from None
+    torch.set_float32_matmul_precision("high" if recipe.tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = recipe.tf32
+    if recipe.threads or (accelerator.device.type == "cpu" and world == 1):
+        torch.set_num_threads(recipe.threads or _cores())  # accelerate launch leaves one thread on a CPU
+    return accelerator
+
+
+def _cores() -> int:
+    """Cores that this process may use; a container often has fewer than the machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
