@@ -155,7 +155,8 @@ def test_the_loop_does_not_synchronise_every_step() -> None:
         "guard.py": {"remember", "see", "disarm", "settle"},
     }  # fmt: skip
     for file, names in places.items():
-        functions = [n for n in ast.walk(ast.parse((KDLIB / "training" / file).read_text())) if isinstance(n, ast.FunctionDef)]
+        tree = ast.parse((KDLIB / "training" / file).read_text())
+        functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
         steps = [function for function in functions if function.name in names]
         assert {function.name for function in steps} == names
         called = [ast.unparse(n.func) for step in steps for n in ast.walk(step) if isinstance(n, ast.Call)]
