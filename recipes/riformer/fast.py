@@ -16,10 +16,18 @@ import copy
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor, nn
 
-from recipes.riformer.kernels import linear_gelu, mlp, moments
+try:
+    import triton
+
+    from recipes.riformer.kernels import linear_gelu, mlp, moments
+except ImportError as error:
+    raise ImportError(
+        "recipes.riformer.fast needs Triton, which comes with torch's builds for CUDA; pip install triton, or run "
+        'recipes.riformer.model.fuse(net, "full"), which needs nothing'
+    ) from error
+
 from recipes.riformer.model import MetaFormer, Stage, fuse
 
 EPS = 1e-5
