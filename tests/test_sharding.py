@@ -31,8 +31,8 @@ SCRIPT = textwrap.dedent(
     from torch.distributed.tensor import DTensor
     from conftest import Tiny, randomise
     import kdlib as kd
-    from kdlib import gradients, sharding
     from kdlib.losses import CRD, VID, CrossEntropy, FeatureMSE, GramRelation, InfoNCE, LearnableTemperature, SoftTarget
+    from kdlib.training import gradients, sharding
 
     def build(rank):
         student, teacher = randomise(Tiny((6, 8)), 1), randomise(Tiny((10, 12)), 2)
