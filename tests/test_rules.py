@@ -69,6 +69,14 @@ def test_imports_only_go_down(path: Path) -> None:
             assert parts[0] in HEAVY[FLOORS[here]], f"{here} on floor {FLOORS[here]} imports {parts[0]}"
 
 
+def test_training_knows_nothing_of_what_is_made_of_it() -> None:
+    """Rule 8: `runs` and its neighbours put `training/` together; it imports none of them."""
+    above = {name for name, floor in FLOORS.items() if floor >= FLOORS["training"]} - {"training"}
+    for path in sorted((KDLIB / "training").glob("*.py")):
+        known = {name.split(".")[1] for name in imports(path) if name.startswith("kdlib.")}
+        assert not known & above, f"{path.name} imports {known & above}"
+
+
 @pytest.mark.fault("install")
 @pytest.mark.parametrize("what", ["kdlib", "kdlib.losses"])
 def test_import_loads_torch_and_einops_and_nothing_heavier(what: str) -> None:
