@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from recipes.riformer.backbone import Backbone, expect
 from recipes.riformer.fusion import Mlp
-from recipes.riformer.model import Size, model_cfg, refuse_pretrained
+from recipes.riformer.sizes import Size, model_cfg, refuse_pretrained
 
 __all__ = ["GFNetH", "resize_state_dict"]
 
