@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,9 @@ from .augment import Augment, BatchAugment, crop_flip, crop_flip_draws, rand_aug
 from .fashion import Arrays
 from .samplers import Batches, EpochBatches, generator, seeded
 from .sources import Files, unreadable
+
+if TYPE_CHECKING:
+    from .streams import ShardLoader
 
 
 class Loader(Protocol):
@@ -173,6 +176,26 @@ class _Unreadable(str):
     """Stands for an image that cannot be read, because an exception would reach the user as a worker's traceback."""
 
 
+def _by_workers(device: torch.device, workers: int, seed: int, **more: Any) -> Callable[..., DataLoader[Any]]:
+    """What makes a `DataLoader` of a data set, whose workers stop in peace and draw no global random number."""
+    return partial(
+        DataLoader[Any],
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=calm,
+        # without it every iterator draws a number from the global generator
+        generator=generator(seed, "loader"),
+        **more,
+    )
+
+
+def _arrived(loader: FileLoader | ShardLoader, batch: list[Tensor], epoch: int, number: int) -> tuple[Tensor, Tensor]:
+    """The uint8 images and the labels that workers made, on the device and as `Loader.epoch` says."""
+    images, labels = (part.to(loader.device, non_blocking=True) for part in batch)
+    images = loader.normalise(images)
+    return (images, labels) if loader.finish is None else loader.finish(images, labels, epoch, number)
+
+
 class _Samples(Dataset[Any]):
     """Decodes and transforms the image `(epoch, index)`, with random numbers from the seed and that pair."""
 
@@ -217,18 +240,9 @@ class FileLoader:
         self.batches, self.normalise, self.device, self.finish = batches, normalise, device, finish
         self.samples = sum(len(row) for row in batches.rows(0))
         self._running: object = None
-        self._start = partial(
-            DataLoader[Any],
-            _Samples(source, transform, batches.seed),
-            batch_sampler=batches,
-            num_workers=workers,
-            collate_fn=_collate,
-            pin_memory=device.type == "cuda",
-            persistent_workers=workers > 0,
-            worker_init_fn=calm,
-            # without it every iterator draws a number from the global generator
-            generator=generator(batches.seed, "loader"),
-        )
+        samples = _Samples(source, transform, batches.seed)
+        kept = {"batch_sampler": batches, "collate_fn": _collate, "persistent_workers": workers > 0}
+        self._start = partial(_by_workers(device, workers, batches.seed, **kept), samples)
         self._loader = self._start()
 
     def __len__(self) -> int:
@@ -248,11 +262,7 @@ class FileLoader:
             if isinstance(sample, _Unreadable):
                 broken = str(sample)
                 break
-            images, labels = (part.to(self.device, non_blocking=True) for part in sample)
-            images = self.normalise(images)
-            if self.finish is not None:
-                images, labels = self.finish(images, labels, epoch, batch)
-            yield images, labels
+            yield _arrived(self, sample, epoch, batch)
             if self._running is not run:
                 raise RuntimeError(
                     "another epoch of this loader was started while this one was read; read one at a time"

@@ -16,11 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
+from torch.utils.data import IterableDataset, default_collate, get_worker_info
 
-from ..signals import calm
 from .augment import BatchAugment
-from .loaders import Normalise, _check_start, _Unreadable
+from .loaders import Normalise, _arrived, _by_workers, _check_start, _Unreadable
 from .samplers import generator, seeded
 from .shards import Shards
 from .sources import unreadable
@@ -202,16 +201,7 @@ class ShardLoader:
         self.batches, self.normalise, self.device, self.finish = batches, normalise, device, finish
         self.samples = sum(len(row) for row in batches.rows(0))
         self._reading = partial(_Reading, source, batches, transform)
-        self._start = partial(
-            DataLoader[Any],
-            batch_size=None,
-            num_workers=workers,
-            collate_fn=_as_it_is,
-            pin_memory=device.type == "cuda",
-            worker_init_fn=calm,
-            # without it every iterator draws a number from the global generator
-            generator=generator(batches.seed, "loader"),
-        )
+        self._start = _by_workers(device, workers, batches.seed, batch_size=None, collate_fn=_as_it_is)
 
     def __len__(self) -> int:
         """Batches per epoch on this rank."""
@@ -228,11 +218,7 @@ class ShardLoader:
             if isinstance(sample, _Unreadable):
                 broken = str(sample)
                 break
-            images, labels = (part.to(self.device, non_blocking=True) for part in sample)
-            images = self.normalise(images)
-            if self.finish is not None:
-                images, labels = self.finish(images, labels, epoch, batch)
-            yield images, labels
+            yield _arrived(self, sample, epoch, batch)
         if broken is not None:
             raise ValueError(broken)
 
