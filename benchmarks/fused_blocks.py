@@ -51,7 +51,8 @@ ON_CHIP = {
 PRODUCTS = [Tile(M=m, N=n, K=k, G=8, num_warps=w, num_stages=s) for m, n, k, w, s in
             ((128, 128, 64, 8, 3), (128, 256, 64, 8, 3), (128, 128, 64, 4, 3), (64, 128, 64, 4, 3),
              (128, 128, 32, 4, 4))]  # fmt: skip
-SMALL = {96: Tile(M=16, N=32), 192: Tile(M=16, N=32)}
+INTERPRETED = {True: Tile(M=16, N=32), False: Tile(M=32, N=32, K=32, G=2)}
+"""By whether the hidden layer stays on chip."""
 
 
 def randomise(net: nn.Module) -> nn.Module:
@@ -76,7 +77,7 @@ def choices(stage: int, cpu: bool) -> list[tuple[bool, Tile]]:
     """Ways to run the blocks of a stage: (on chip, tile)."""
     dim = (96, 192, 384, 768)[stage]
     if cpu:
-        return [(True, SMALL[96]), (False, Tile(M=32, N=32, K=32, G=2))] if dim == 96 else []
+        return list(INTERPRETED.items()) if dim == 96 else []
     return [(True, tile) for tile in ON_CHIP.get(dim, [])] + [(False, tile) for tile in PRODUCTS if dim > 96]
 
 
@@ -117,7 +118,17 @@ def graphed(run: Callable[[], Any]) -> Callable[[], Any]:
     return graph.replay
 
 
+def poolformer() -> nn.Module:
+    return timm.create_model("poolformer_m36").to("cuda", torch.bfloat16).eval()
+
+
+def compiled(net: nn.Module) -> Callable[..., Any]:
+    return torch.compile(net.to(memory_format=torch.channels_last), fullgraph=True)
+
+
 class Bench:
+    """What is measured, the budget, and what is known so far."""
+
     def __init__(self, given: argparse.Namespace) -> None:
         self.given, self.cpu, self.began = given, given.cpu, time.perf_counter()
         self.device = torch.device("cpu" if given.cpu else "cuda")
@@ -155,7 +166,7 @@ class Bench:
         for i, stage in enumerate(fast.stages):
             on_chip, tile = self.best.get(i, (None, None))
             if self.cpu:
-                on_chip, tile = i < 2, Tile(M=16, N=32) if i < 2 else Tile(M=32, N=32, K=32, G=2)
+                on_chip, tile = i < 2, INTERPRETED[i < 2]
             stage.blocks = FastBlocks(stage.blocks.blocks, on_chip, tile)
             if self.cpu:
                 stage.blocks.forward = stage.blocks.run
@@ -175,8 +186,8 @@ class Bench:
         x = torch.randn(self.batch, side, side, (96, 192, 384, 768)[i], device=self.device, dtype=self.dtype)
         runs: dict[str, Callable[[], Any]] = {}
         if not self.cpu:
-            compiled = torch.compile(nn.Sequential(*blocks), fullgraph=True)
-            runs["compiled"] = lambda: compiled(x)
+            plain = torch.compile(nn.Sequential(*blocks), fullgraph=True)
+            runs["compiled"] = lambda: plain(x)
         with torch.inference_mode():
             expected = blocks.float()(x.float())
             blocks.to(self.dtype)
@@ -209,14 +220,14 @@ class Bench:
                 runs["kernels, no graph"] = lambda: fast(images)
             else:
                 runs["kernels"] = lambda: fast(images)
-            for name, net in () if self.cpu else (("fused, compiled", self.full), ("poolformer_m36, compiled", None)):
+            rivals = {"fused, compiled": lambda: self.full, "poolformer_m36, compiled": poolformer}
+            for name, make in () if self.cpu else rivals.items():
                 if self.left() < 40:
                     self.keep(what="model", who=name, failed="the budget was used up")
                     continue
-                net = net or timm.create_model("poolformer_m36").cuda().to(self.dtype).eval()
-                compiled = torch.compile(net.to(memory_format=torch.channels_last), fullgraph=True)
-                compiled(images)
-                runs[name] = lambda compiled=compiled: compiled(images)
+                rival = compiled(make())
+                rival(images)
+                runs[name] = lambda rival=rival: rival(images)
             times = turns(runs, self.cpu, 15)
         for name, ms in times.items():
             low, middle, high = statistics.quantiles(ms, n=4) if len(ms) > 1 else ms * 3
@@ -249,13 +260,8 @@ def main() -> None:
         if given.fill.isdigit():
             bench.attempt("fill", lambda: bench.stage(int(given.fill)))
         else:
-            net = (
-                bench.full
-                if given.fill == "fused"
-                else timm.create_model("poolformer_m36").cuda().to(bench.dtype).eval()
-            )
             with torch.inference_mode():
-                torch.compile(net.to(memory_format=torch.channels_last), fullgraph=True)(images)
+                compiled(bench.full if given.fill == "fused" else poolformer())(images)
         return
     bench = Bench(given)
     if not given.cpu:

@@ -114,6 +114,20 @@ def test_gradients_go_the_plain_way() -> None:
     assert x.grad is not None and all(parameter.grad is not None for parameter in blocks.parameters())
 
 
+@pytest.mark.parametrize("how", ["a state dict is loaded", "it runs with gradients"])
+def test_copies_of_weights_are_dropped_when(how: str) -> None:
+    blocks = fast.FastBlocks(random_blocks(64))
+    blocks._weights = [(torch.zeros(1),)]
+    with torch.no_grad():
+        blocks(torch.randn(1, 2, 2, 64))
+    assert blocks._weights
+    if how == "a state dict is loaded":
+        nn.Sequential(blocks).load_state_dict(nn.Sequential(blocks).state_dict())
+    else:
+        blocks(torch.randn(1, 2, 2, 64))
+    assert not blocks._weights
+
+
 def test_what_does_not_divide_into_tiles_is_refused() -> None:
     with pytest.raises(
         ValueError, match=r"48 channels and 192 hidden ones do not divide into tiles .* without kernels"

@@ -78,9 +78,7 @@ def parts_of(channels: int) -> tuple[int, int]:
     raise ValueError(f"channels: got {channels}, expected 1, 2 or 3 times a power of two of at least 16")
 
 
-def _check(dim: int, hidden: int, tile: Tile, on_chip: bool) -> None:
-    if on_chip:
-        parts_of(dim)
+def _check(dim: int, hidden: int, tile: Tile) -> None:
     if hidden % tile["N"] or dim % tile.get("K", 1):
         raise ValueError(
             f"{dim} channels and {hidden} hidden ones do not divide into tiles {tile}; run it without kernels"
@@ -103,11 +101,15 @@ class FastBlocks(nn.Module):
         self.dim, self.hidden = args.dim, args.hidden
         self.on_chip = self.dim in ON_CHIP if on_chip is None else on_chip
         self.tile = tile or (LINEAR if not self.on_chip else SMALL if self.dim <= 96 else LARGE)
-        _check(self.dim, self.hidden, self.tile, self.on_chip)
+        _check(self.dim, self.hidden, self.tile)
+        self.parts = parts_of(self.dim) if self.on_chip else None
         self._weights: list[tuple[Tensor, ...]] = []
+        self.register_load_state_dict_post_hook(lambda blocks, _: blocks._weights.clear())
 
     def forward(self, x: Tensor) -> Tensor:
         if not x.is_cuda or x.dtype not in (torch.bfloat16, torch.float16) or torch.is_grad_enabled():
+            if torch.is_grad_enabled():
+                self._weights.clear()  # they may be trained
             return self.blocks(x)
         if not self._weights or (self._weights[0][2].dtype, self._weights[0][2].device) != (x.dtype, x.device):
             self._weights = [_weights(block, x) for block in self.blocks]
@@ -123,7 +125,8 @@ class FastBlocks(nn.Module):
         self, x: Tensor, gamma: Tensor, beta: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor
     ) -> Tensor:
         batch, height, width, dim = x.shape
-        parts, size = parts_of(dim)
+        assert self.parts is not None
+        parts, size = self.parts
         scale = torch.empty(4, batch, dim, device=x.device)
         _launch_moments(x, gamma, beta, b2, scale)
         out, tokens = torch.empty_like(x), batch * height * width
@@ -167,8 +170,10 @@ def _weights(block: Any, x: Tensor) -> tuple[Tensor, ...]:
 
 
 def with_kernels(model: nn.Module) -> MetaFormer:
-    """A copy of a RIFormer, fused "full" and in eval mode, whose blocks run by the kernels on a GPU; its weights are
-    taken over when it first runs there, and not looked at again.
+    """A copy of a RIFormer, fused "full" and in eval mode, whose blocks run by the kernels on a GPU.
+
+    They keep copies of its weights, made when it first runs there, and again after a state dict was loaded or it ran
+    with gradients.
 
     Raises:
         ValueError: what `fuse` refuses, or a size whose products do not divide into tiles.
