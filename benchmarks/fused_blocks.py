@@ -254,6 +254,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--fill", help=argparse.SUPPRESS)
     given = parser.parse_args()
+    if not given.cpu and not torch.cuda.is_available():
+        parser.error("no GPU is here; --cpu runs the same on small shapes, interpreted")
     if given.fill:
         bench = Bench(given)
         images = bench.images.to(bench.dtype).contiguous(memory_format=torch.channels_last)
