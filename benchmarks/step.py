@@ -85,6 +85,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--batch", type=int, help="images (128; 8 on a CPU)")
     parser.add_argument("--budget", type=float, default=1e6, help="seconds")
+    parser.add_argument("--kernels", action="store_true", help="what ran on the GPU in a step, by torch.profiler")
     parser.add_argument("--jobs", type=int, default=0, help="processes that fill the compiler's cache first")
     parser.add_argument("--out", type=Path, help="a JSON file for the results")
     return parser.parse_args()
@@ -148,6 +149,10 @@ def measure(
         keep()
         if left() <= 0:
             break
+    if given.kernels and not given.cpu:
+        for row, step in runners:
+            row["kernels"] = kernels_of(step)
+        keep()
 
 
 def summarise(rows: list[Row], taken: list[list[tuple[float, float]]]) -> None:
@@ -197,6 +202,24 @@ def time_of(step: Step, repeats: int, work: Work) -> tuple[float, float]:
         torch.cuda.synchronize()
     wall = 1e3 * (time.perf_counter() - began) / repeats
     return wall, wall if cuda else 1e3 * (time.process_time() - worked) / repeats
+
+
+def kernels_of(step: Step, steps: int = 3, longest: int = 30) -> dict[str, Any]:
+    """What ran on the GPU in a step: how many kernels, their milliseconds, and those that took most of them."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+        for _ in range(steps):
+            step()
+        torch.cuda.synchronize()
+    taken: dict[str, list[float]] = {}
+    for event in seen.events() or ():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            taken.setdefault(event.name, []).append(event.device_time / 1e3)
+    named = sorted(((sum(each) / steps, len(each) / steps, name) for name, each in taken.items()), reverse=True)
+    return {
+        "ms": round(sum(ms for ms, _, _ in named), 3),
+        "count": round(sum(times for _, times, _ in named)),
+        "longest": [[name[:120], round(times, 1), round(ms, 3)] for ms, times, name in named[:longest]],
+    }
 
 
 def table(rows: list[Row]) -> str:

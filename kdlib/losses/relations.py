@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from . import fused_gram
 from .algebra import gram_gap, unit
 from .base import Loss, full_precision
 
@@ -20,7 +21,9 @@ class GramRelation(Loss):
     ``‖SSᵀ − TTᵀ‖² = (⟨AᵀA, DᵀD⟩ + ⟨AᵀD, DᵀA⟩) / 2``,
 
     every summand of which vanishes with ``D``, so nothing cancels as the student comes close. With ``C ≠ C'`` the Grams
-    are compared as written, or it is ``‖SᵀS‖² + ‖TᵀT‖² − 2 ‖SᵀT‖²``.
+    are compared as written, or it is ``‖SᵀS‖² + ‖TᵀT‖² − 2 ‖SᵀT‖²``. On a GPU whose float32 products may be TF32
+    (``torch.set_float32_matmul_precision("high")``), tokens of at most 128 channels are read once, by Triton kernels;
+    that form is differentiable once.
 
     Args:
         normalize: tokens are scaled to unit length first, so that the relation is their cosine.
@@ -49,9 +52,11 @@ class GramRelation(Loss):
                 f"GramRelation takes tokens (B, N, C) of one B and N, got student {tuple(student.shape)} and teacher "
                 f"{tuple(teacher.shape)}; an adapter that resizes the grid, or another tap, brings them together"
             )
+        images, n, _ = student.shape
+        if fused_gram.serves(student, teacher):
+            return fused_gram.gram_gap(student, teacher, self.normalize) / (images * n * n)
         if self.normalize:
             student, teacher = unit(student), unit(teacher)
-        images, n, _ = student.shape
         return gram_gap(student, teacher) / (images * n * n)
 
     def extra_repr(self) -> str:

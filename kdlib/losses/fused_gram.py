@@ -1,0 +1,105 @@
+"""``Σ ‖SSᵀ − TTᵀ‖²`` of many tokens of few channels on a GPU, in one reading of the tokens forward and one backward.
+
+The form by channel Grams, as in ``algebra.gram_gap``: with ``A = S + T`` and ``D = S − T`` it is
+``(⟨AᵀA, DᵀD⟩ + ⟨AᵀD, DᵀA⟩) / 2``. Plainly, unit tokens, ``A`` and ``D`` are written out and read by three products and
+by four of the backward pass. Here they live on chip: ``pair_grams`` gives the three Grams, and its gradient is
+``A (2 ⟨AᵀA⟩' + ⟨AᵀD⟩') + D (2 ⟨DᵀD⟩' + ⟨AᵀD⟩'ᵀ)``, where a prime is the gradient of the loss by a Gram, made symmetric.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+WIDEST = 128
+"""Channels of which three Grams and a tile of tokens fit on a multiprocessor."""
+HAS_TRITON = find_spec("triton") is not None and torch.version.cuda is not None
+
+
+def serves(s: Tensor, t: Tensor) -> bool:
+    """Whether the kernels take these tokens, and are the cheaper way."""
+    return (
+        HAS_TRITON
+        and s.is_cuda
+        and t.is_cuda
+        and s.dtype != torch.float64
+        and s.shape == t.shape
+        and s.shape[-1] <= min(WIDEST, s.shape[-2])
+        and not t.requires_grad
+        and torch.backends.cuda.matmul.allow_tf32  # their products are in TF32
+    )
+
+
+def gram_gap(s: Tensor, t: Tensor, normalize: bool) -> Tensor:
+    """``Σ ‖SSᵀ − TTᵀ‖²`` over a batch of ``(B, N, C)`` and ``(B, N, C)``, tokens at unit length if asked.
+
+    Differentiable once, by ``s`` alone.
+    """
+    sums, gaps, both = pair_grams(s, t, normalize).unbind(0)
+    return (sums * gaps + both * both.mT).sum() / 2
+
+
+@torch.library.custom_op("kdlib::pair_grams", mutates_args=())
+def pair_grams(s: Tensor, t: Tensor, normalize: bool) -> Tensor:
+    """``AᵀA``, ``DᵀD`` and ``AᵀD``, ``(3, B, C, C)`` in float32, of ``(B, N, C)`` tokens' sums A and differences D."""
+    import triton
+
+    from .gram_kernels import grams
+
+    images, tokens, channels = s.shape
+    width = max(16, triton.next_power_of_2(channels))
+    rows, step = min(width, 64), 32
+    # about four programs a multiprocessor, each over a chunk of tokens; their order of summing is always the same
+    chunks = min(triton.cdiv(tokens, step), triton.cdiv(512, images * (width // rows)))
+    chunk = step * triton.cdiv(triton.cdiv(tokens, chunks), step)
+    chunks = triton.cdiv(tokens, chunk)
+    parts = torch.empty(chunks, 3, images, channels, channels, device=s.device, dtype=torch.float32)
+    grams[images, chunks, width // rows](
+        s, t, parts, *s.stride(), *t.stride(), channels, tokens, chunk, W=width, COLS=rows, STEP=step,
+        NORMALIZE=normalize, num_warps=4 if width <= 64 else 8, num_stages=1,
+    )  # fmt: skip
+    return parts.sum(0)
+
+
+@torch.library.custom_op("kdlib::pair_grams_gradient", mutates_args=())
+def pair_grams_gradient(s: Tensor, t: Tensor, on_sum: Tensor, on_gap: Tensor, normalize: bool) -> Tensor:
+    """Gradient by ``s`` of what has the gradient ``A @ on_sum + D @ on_gap`` by unit tokens; both ``(B, C, C)``."""
+    import triton
+
+    from .gram_kernels import gradient
+
+    images, tokens, channels = s.shape
+    width, step, out = max(16, triton.next_power_of_2(channels)), 32, torch.empty_like(s)
+    gradient[images, triton.cdiv(tokens, step)](
+        s, t, on_sum.contiguous(), on_gap.contiguous(), out, *s.stride(), *t.stride(), *out.stride(), channels, tokens,
+        W=width, STEP=step, NORMALIZE=normalize, num_warps=4 if width <= 64 else 8, num_stages=1,
+    )  # fmt: skip
+    return out
+
+
+@pair_grams.register_fake
+def _(s: Tensor, t: Tensor, normalize: bool) -> Tensor:
+    return s.new_empty(3, len(s), s.shape[-1], s.shape[-1], dtype=torch.float32)
+
+
+@pair_grams_gradient.register_fake
+def _(s: Tensor, t: Tensor, on_sum: Tensor, on_gap: Tensor, normalize: bool) -> Tensor:
+    return torch.empty_like(s)
+
+
+def _remember(ctx: Any, inputs: tuple[Tensor, Tensor, bool], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+    ctx.normalize = inputs[2]
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    s, t = ctx.saved_tensors
+    sums, gaps, both = grad.unbind(0)
+    on_sum, on_gap = sums + sums.mT + both, gaps + gaps.mT + both.mT
+    return pair_grams_gradient(s, t, on_sum, on_gap, ctx.normalize), None, None
+
+
+pair_grams.register_autograd(_backward, setup_context=_remember)
