@@ -9,13 +9,17 @@ by four of the backward pass. Here they live on chip: ``pair_grams`` gives the t
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 WIDEST = 128
 """Channels of which three Grams and a tile of tokens fit on a multiprocessor."""
+ROWS, STEP = 64, 64
+"""Rows of a Gram, and tokens, that a program has in hand at once: the fastest that were tried on an H100."""
+ROUND = True
+"""Whether operands are rounded to TF32 before the tensor cores cut them off."""
 HAS_TRITON = find_spec("triton") is not None and torch.version.cuda is not None
 
 
@@ -30,7 +34,14 @@ def serves(s: Tensor, t: Tensor) -> bool:
         and s.shape[-1] <= min(WIDEST, s.shape[-2])
         and not t.requires_grad
         and torch.backends.cuda.matmul.allow_tf32  # their products are in TF32
+        and _on_hopper()
     )
+
+
+@torch.compiler.assume_constant_result
+def _on_hopper() -> bool:
+    """The tiles need 224 KB of shared memory, and were tried on no other chip."""
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).major == 9
 
 
 def gram_gap(s: Tensor, t: Tensor, normalize: bool) -> Tensor:
@@ -42,24 +53,20 @@ def gram_gap(s: Tensor, t: Tensor, normalize: bool) -> Tensor:
     return (sums * gaps + both * both.mT).sum() / 2
 
 
+# imported where they run: triton takes long to import, and is not everywhere
+
+
 @torch.library.custom_op("kdlib::pair_grams", mutates_args=())
 def pair_grams(s: Tensor, t: Tensor, normalize: bool) -> Tensor:
     """``AᵀA``, ``DᵀD`` and ``AᵀD``, ``(3, B, C, C)`` in float32, of ``(B, N, C)`` tokens' sums A and differences D."""
-    import triton
-
     from .gram_kernels import grams
 
-    images, tokens, channels = s.shape
-    width = max(16, triton.next_power_of_2(channels))
-    rows, step = min(width, 64), 32
-    # about four programs a multiprocessor, each over a chunk of tokens; their order of summing is always the same
-    chunks = min(triton.cdiv(tokens, step), triton.cdiv(512, images * (width // rows)))
-    chunk = step * triton.cdiv(triton.cdiv(tokens, chunks), step)
-    chunks = triton.cdiv(tokens, chunk)
-    parts = torch.empty(chunks, 3, images, channels, channels, device=s.device, dtype=torch.float32)
-    grams[images, chunks, width // rows](
-        s, t, parts, *s.stride(), *t.stride(), channels, tokens, chunk, W=width, COLS=rows, STEP=step,
-        NORMALIZE=normalize, num_warps=4 if width <= 64 else 8, num_stages=1,
+    plan = _plan(s, programs=256)
+    images, _, channels = s.shape
+    parts = torch.empty(plan.chunks, 3, images, channels, channels, device=s.device, dtype=torch.float32)
+    grams[images, plan.chunks, max(1, plan.width // ROWS)](
+        s, t, parts, *s.stride(), *t.stride(), channels, s.shape[1], plan.chunk, W=plan.width,
+        COLS=min(ROWS, plan.width), STEP=STEP, NORMALIZE=normalize, ROUND=ROUND, num_warps=plan.warps, num_stages=2,
     )  # fmt: skip
     return parts.sum(0)
 
@@ -67,17 +74,34 @@ def pair_grams(s: Tensor, t: Tensor, normalize: bool) -> Tensor:
 @torch.library.custom_op("kdlib::pair_grams_gradient", mutates_args=())
 def pair_grams_gradient(s: Tensor, t: Tensor, on_sum: Tensor, on_gap: Tensor, normalize: bool) -> Tensor:
     """Gradient by ``s`` of what has the gradient ``A @ on_sum + D @ on_gap`` by unit tokens; both ``(B, C, C)``."""
-    import triton
-
     from .gram_kernels import gradient
 
-    images, tokens, channels = s.shape
-    width, step, out = max(16, triton.next_power_of_2(channels)), 32, torch.empty_like(s)
-    gradient[images, triton.cdiv(tokens, step)](
-        s, t, on_sum.contiguous(), on_gap.contiguous(), out, *s.stride(), *t.stride(), *out.stride(), channels, tokens,
-        W=width, STEP=step, NORMALIZE=normalize, num_warps=4 if width <= 64 else 8, num_stages=1,
+    plan, out = _plan(s, programs=1024), torch.empty_like(s)
+    gradient[len(s), plan.chunks](
+        s, t, on_sum.contiguous(), on_gap.contiguous(), out, *s.stride(), *t.stride(), *out.stride(), s.shape[2],
+        s.shape[1], plan.chunk, W=plan.width, STEP=STEP, NORMALIZE=normalize, ROUND=ROUND, num_warps=plan.warps,
+        num_stages=2,
     )  # fmt: skip
     return out
+
+
+class _Plan(NamedTuple):
+    """How the tokens of a batch are shared out."""
+
+    width: int
+    """Channels, filled up to a power of two."""
+    chunk: int
+    """Tokens of one program; always the same for the same shape, so that sums are too."""
+    chunks: int
+    warps: int
+
+
+def _plan(s: Tensor, programs: int) -> _Plan:
+    images, tokens, channels = s.shape
+    width = max(16, 1 << (channels - 1).bit_length())
+    steps = -(-tokens // STEP)
+    each = -(-steps // max(1, programs // images))
+    return _Plan(width, each * STEP, -(-steps // each), 4 if width <= 64 else 8)
 
 
 @pair_grams.register_fake
