@@ -154,12 +154,16 @@ def kdlib_parts(work: Work) -> tuple[kd.Teacher, kd.Distiller]:
             kd.Term("relation", GramRelation(), 1.0, pairs=pairs[last], reduce="sum"),
         ]
     terms = list(kd.fit(terms, student, net, work.images[:2]).terms)
-    return kd.Teacher(net, terms), kd.Distiller(student, terms).to(work.images.device)
+    last_axis = work.layout is torch.channels_last
+    return kd.Teacher(net, terms, channels_last=last_axis), kd.Distiller(student, terms).to(work.images.device)
+
+
+OURS = ("floor", "by hand", "kdlib")
 
 
 def contestants(work: str) -> dict[str, Build]:
     """By name; peers have the blocks objective alone, for which they have the parts."""
-    ours: dict[str, Build] = {"floor": floor, "by hand": by_hand, "kdlib": by_kdlib}
+    ours: dict[str, Build] = dict(zip(OURS, (floor, by_hand, by_kdlib), strict=True))
     if work != "blocks":
         return ours
     peers: dict[str, Build] = {"torchdistill": by_torchdistill, "nvidia-modelopt": by_modelopt}
@@ -168,6 +172,6 @@ def contestants(work: str) -> dict[str, Build]:
 
 def modes(work: str, who: str, cpu: bool) -> list[str | None]:
     """None is eager; peers run as they come."""
-    if cpu or who not in ("floor", "by hand", "kdlib"):
+    if cpu or who not in OURS:
         return [None]
     return [None, "default", "reduce-overhead"] if work == "small" else [None, "default"]

@@ -35,6 +35,7 @@ from kdlib.training import compiling
 
 def build(given: argparse.Namespace, processes: int) -> Step:
     work = works(given.cpu, given.batch)["whole"]
+    work = work if given.cpu else work.in_channels_last()
     teacher, distiller = kdlib_parts(work)
     mode = None if given.cpu or given.eager else "default"
     compiling.compile_whole([teacher, distiller], mode)

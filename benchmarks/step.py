@@ -8,7 +8,8 @@ whole     RIFormer's objective: GFNet-H-B and PoolFormer-S12 as teachers, four t
 small     the whole objective for the 64 px models, which are bound by kernel launches
 
 floor is every teacher's forward and a step by labels alone: what any distillation must pay. by hand is a loop of one's
-own for the same objective. The contestants of a work take turns, round by round, every second round backwards; ms is
+own for the same objective. These and kdlib run in channels_last on a GPU, as the recipe's ImageNet configs do; the peers
+as they come. The contestants of a work take turns, round by round, every second round backwards; ms is
 the median over rounds, MiB the peak that a contestant adds while it steps, loss that of the first step. of_floor and
 of_hand are the quartiles over rounds of the ratio to the floor, and to the loop by hand, of that round and mode; on a
 CPU they are ratios of processor time, which other programs on the machine disturb less than the clock on the wall.
@@ -37,7 +38,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import peers
-from contestants import Build, contestants, modes
+from contestants import OURS, Build, contestants, modes
 from work import Step, Work, about, busy, works
 
 MODES = ("eager", "default", "reduce-overhead")
@@ -124,6 +125,7 @@ def measure(
     """All contestants of a work, warm; then turn by turn."""
     torch.compiler.reset()  # of the work before; not between contestants, which would compile again in the first round
     runners: list[tuple[Row, Step]] = []
+    best = work if given.cpu else work.in_channels_last()
     longest = {True: 0.0, False: 0.0}  # by whether it is compiled
     for who, build, mode in jobs:
         row: Row = {"work": name, "who": who, "mode": mode or "eager"}
@@ -133,7 +135,7 @@ def measure(
         else:
             began = time.perf_counter()
             try:
-                runners.append((row, warm(build, work, mode, row)))
+                runners.append((row, warm(build, best if who in OURS else work, mode, row)))
             except Exception as error:  # a peer that cannot be had, a mode that fails: told, and the rest goes on
                 row["failed"] = " ".join(str(error).split())[:300] or type(error).__name__
             longest[mode is not None] = max(longest[mode is not None], time.perf_counter() - began)
@@ -204,7 +206,7 @@ def time_of(step: Step, repeats: int, work: Work) -> tuple[float, float]:
     return wall, wall if cuda else 1e3 * (time.process_time() - worked) / repeats
 
 
-def kernels_of(step: Step, steps: int = 3, longest: int = 30) -> dict[str, Any]:
+def kernels_of(step: Step, steps: int = 3, longest: int = 60) -> dict[str, Any]:
     """What ran on the GPU in a step: how many kernels, their milliseconds, and those that took most of them."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
         for _ in range(steps):

@@ -7,7 +7,7 @@ import os
 import platform
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -33,12 +33,20 @@ class Work:
     images: Tensor
     labels: Tensor
     classes: int
+    layout: torch.memory_format = torch.contiguous_format
 
     def make(self, name: str) -> nn.Module:
         """A model, the same weights each time, on the images' device."""
         torch.manual_seed(0)
         more = {} if self.images.shape[1] == 3 else {"in_chans": self.images.shape[1]}
-        return timm.create_model(name, num_classes=self.classes, **more).to(self.images.device)
+        return timm.create_model(name, num_classes=self.classes, **more).to(
+            self.images.device, memory_format=self.layout
+        )
+
+    def in_channels_last(self) -> Work:
+        """The same work, images and models in that layout of memory."""
+        layout = torch.channels_last
+        return replace(self, images=self.images.contiguous(memory_format=layout), layout=layout)
 
     def autocast(self) -> Any:
         on_gpu = self.images.is_cuda

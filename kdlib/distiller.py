@@ -110,7 +110,16 @@ class Teacher(nn.Module):
         answer, seen = self.taps[name].watch(self.members[name], images, stop_early="@output" not in live)
         if "@output" in live:
             seen["@output"] = _logits(answer, f"teacher {name}".strip())
-        return {live[tap]: value for tap, value in seen.items()}
+        return {live[tap]: self._laid_out(value) for tap, value in seen.items()}
+
+    def _laid_out(self, value: Tensor) -> Tensor:
+        """A map in the teacher's own layout where that is free: a compiler writes it so at once.
+
+        A norm in eager answers contiguously whatever it is given, and so does the student's beside it.
+        """
+        if torch.compiler.is_compiling() and self.memory_format is torch.channels_last and value.ndim == 4:
+            return value.contiguous(memory_format=torch.channels_last)
+        return value
 
     def train(self, mode: bool = True) -> Teacher:
         return self  # a teacher stays in eval mode
