@@ -154,8 +154,9 @@ def kdlib_parts(work: Work) -> tuple[kd.Teacher, kd.Distiller]:
             kd.Term("relation", GramRelation(), 1.0, pairs=pairs[last], reduce="sum"),
         ]
     terms = list(kd.fit(terms, student, net, work.images[:2]).terms)
-    last_axis = work.layout is torch.channels_last
-    return kd.Teacher(net, terms, channels_last=last_axis), kd.Distiller(student, terms).to(work.images.device)
+    half = torch.bfloat16 if work.images.is_cuda else None
+    teacher = kd.Teacher(net, terms, dtype=half, channels_last=work.layout is torch.channels_last)
+    return teacher, kd.Distiller(student, terms).to(work.images.device)
 
 
 OURS = ("floor", "by hand", "kdlib")

@@ -35,7 +35,8 @@ class Teacher(nn.Module):
         model: frozen in place (``eval()``, ``requires_grad_(False)``).
         terms: those given to the ``Distiller`` too.
         prepare: turns the student's images into the teacher's, e.g. ``Renormalize``; for a panel, by member name.
-        dtype: precision of its forward pass (autocast), e.g. ``torch.bfloat16``; by default whatever is around it.
+        dtype: precision of its forward pass (autocast) and of what it tells, e.g. ``torch.bfloat16``; by default
+            whatever is around it.
         channels_last: memory layout of its weights and images.
 
     Raises:
@@ -110,16 +111,18 @@ class Teacher(nn.Module):
         answer, seen = self.taps[name].watch(self.members[name], images, stop_early="@output" not in live)
         if "@output" in live:
             seen["@output"] = _logits(answer, f"teacher {name}".strip())
-        return {live[tap]: self._laid_out(value) for tap, value in seen.items()}
+        return {live[tap]: self._told(value) for tap, value in seen.items()}
 
-    def _laid_out(self, value: Tensor) -> Tensor:
-        """A map in the teacher's own layout where that is free: a compiler writes it so at once.
+    def _told(self, value: Tensor) -> Tensor:
+        """A target in the precision asked for; a map also in the teacher's own layout, where a compiler writes it so.
 
         A norm in eager answers contiguously whatever it is given, and so does the student's beside it.
         """
-        if torch.compiler.is_compiling() and self.memory_format is torch.channels_last and value.ndim == 4:
-            return value.contiguous(memory_format=torch.channels_last)
-        return value
+        if not value.is_floating_point():
+            return value
+        last = torch.compiler.is_compiling() and self.memory_format is torch.channels_last and value.ndim == 4
+        layout = torch.channels_last if last else torch.preserve_format
+        return value.to(dtype=self.dtype or value.dtype, memory_format=layout)
 
     def train(self, mode: bool = True) -> Teacher:
         return self  # a teacher stays in eval mode

@@ -119,7 +119,9 @@ def _train(ready: Ready, accelerator: Accelerator) -> tuple[dict[str, float], to
     ema = ModelEmaV3(student, recipe.ema.decay, use_warmup=recipe.ema.warmup) if recipe.ema is not None else None
     untouched = deepcopy(student).cpu() if accelerator.is_fsdp2 else None  # what is trained there are pieces
     distiller = Distiller(student, terms).to(accelerator.device)
-    teacher = Teacher(panel, terms, prepare=ready.prepare, channels_last=recipe.channels_last) if panel else None
+    half = torch.bfloat16 if recipe.precision == "bf16" else None  # float16 does not hold every feature
+    last = recipe.channels_last
+    teacher = Teacher(panel, terms, prepare=ready.prepare, dtype=half, channels_last=last) if panel else None
     optimizer = build.build_optimizer(recipe.optimizer, distiller)
     training = Training(
         distiller,

@@ -31,8 +31,9 @@ def serves(s: Tensor, t: Tensor) -> bool:
         and t.is_cuda
         and s.dtype != torch.float64
         and s.shape == t.shape
+        and s.numel() > 0
         and s.shape[-1] <= min(WIDEST, s.shape[-2])
-        and not t.requires_grad
+        and (torch.compiler.is_compiling() or not t.is_inference())  # which no backward pass may read
         and torch.backends.cuda.matmul.allow_tf32  # their products are in TF32
         and _on_hopper()
     )
@@ -49,7 +50,7 @@ def gram_gap(s: Tensor, t: Tensor, normalize: bool) -> Tensor:
 
     Differentiable once, by ``s`` alone.
     """
-    sums, gaps, both = pair_grams(s, t, normalize).unbind(0)
+    sums, gaps, both = pair_grams(s, t.detach(), normalize).unbind(0)
     return (sums * gaps + both * both.mT).sum() / 2
 
 

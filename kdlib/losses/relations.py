@@ -45,7 +45,6 @@ class GramRelation(Loss):
         super().__init__()
         self.normalize = normalize
 
-    @full_precision
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         if student.ndim != 3 or teacher.ndim != 3 or student.shape[:2] != teacher.shape[:2]:
             raise ValueError(
@@ -53,11 +52,15 @@ class GramRelation(Loss):
                 f"{tuple(teacher.shape)}; an adapter that resizes the grid, or another tap, brings them together"
             )
         images, n, _ = student.shape
-        if fused_gram.serves(student, teacher):
+        if fused_gram.serves(student, teacher):  # which reads any precision, and computes in float32
             return fused_gram.gram_gap(student, teacher, self.normalize) / (images * n * n)
+        return self._plain(student, teacher) / (images * n * n)
+
+    @full_precision
+    def _plain(self, student: Tensor, teacher: Tensor) -> Tensor:
         if self.normalize:
             student, teacher = unit(student), unit(teacher)
-        return gram_gap(student, teacher) / (images * n * n)
+        return gram_gap(student, teacher)
 
     def extra_repr(self) -> str:
         return f"normalize={self.normalize}"
