@@ -66,8 +66,10 @@ def gram_gap(s: Tensor, t: Tensor) -> Tensor:
     """In the form that the loss takes for these sizes, since the last digit is compared."""
     total, d = s + t, s - t
     if s.shape[1] <= 3 * s.shape[2]:
-        m = total @ d.mT
-        whole = (m + m.mT).square().sum() / 4
+        m = (total @ d.mT).detach()
+        twice = m + m.mT
+        along = (2 * (twice @ s.detach()) * s).sum()  # its gradient is that of the whole
+        whole = twice.square().sum() / 4 + (along - along.detach())
     else:
         crossed = total.mT @ d
         whole = ((total.mT @ total) * (d.mT @ d) + crossed * crossed.mT).sum() / 2

@@ -42,7 +42,7 @@ def serves(s: Tensor, t: Tensor) -> bool:
 @torch.compiler.assume_constant_result
 def _on_hopper() -> bool:
     """The tiles need 224 KB of shared memory, and were tried on no other chip."""
-    return torch.cuda.get_device_properties(torch.cuda.current_device()).major == 9
+    return torch.cuda.is_available() and torch.cuda.get_device_properties(torch.cuda.current_device()).major == 9
 
 
 def gram_gap(s: Tensor, t: Tensor, normalize: bool) -> Tensor:
