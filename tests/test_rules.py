@@ -29,7 +29,8 @@ FLOORS = {
 """Where each file or package of kdlib lives; it imports from its own floor or from below."""
 
 HEAVY = {0: {"torch", "triton", "einops", "yaml", "rich"}, 1: {"torch", "einops", "yaml", "rich"}}
-"""Third parties that a floor may import (triton comes with torch for a GPU; kernels alone import it); floors above may import anything that pyproject.toml lists."""
+"""Third parties that a floor may import (triton comes with torch for a GPU, and kernels alone import it); floors above
+may import anything that pyproject.toml lists."""
 
 
 def imports(path: Path) -> set[str]:
