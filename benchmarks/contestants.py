@@ -14,6 +14,7 @@ from work import BLOCK, MIXER, Step, Work, train
 import kdlib as kd
 from kdlib.losses import FeatureMSE, GramRelation, SoftTarget
 from kdlib.training import compiling
+from kdlib.training.graphs import Graphs
 
 Build = Callable[[Work, str | None], Step]
 
@@ -126,6 +127,8 @@ def by_hand(work: Work, mode: str | None) -> Step:
 
 def by_kdlib(work: Work, mode: str | None) -> Step:
     teacher, distiller = kdlib_parts(work)
+    if mode in compiling.RECORDED:
+        return recorded(work, teacher, distiller, compiling.RECORDED[mode])
     compiling.compile_whole([teacher, distiller], mode)
 
     def loss_of() -> Tensor:
@@ -133,6 +136,27 @@ def by_kdlib(work: Work, mode: str | None) -> Step:
         return distiller(work.images, teacher(work.images)).loss
 
     return train(work, distiller, loss_of)
+
+
+def recorded(work: Work, teacher: kd.Teacher, distiller: kd.Distiller, mode: str | None) -> Step:
+    """The step as one CUDA graph, compiled before by ``mode``; the optimizer's step is not in it, as in a run."""
+    compiling.compile_whole([teacher, distiller], mode)
+    optimizer = torch.optim.AdamW(distiller.parameters(), lr=1e-4, fused=True)
+
+    def backward(images: Tensor, targets: dict[str, Tensor]) -> kd.Distilled:
+        with work.autocast():
+            out: kd.Distilled = distiller(images, targets | teacher(images))
+        out.loss.backward()
+        return out
+
+    graphs = Graphs(backward, [distiller, teacher], distiller.live)
+
+    def step() -> Tensor:
+        loss = graphs(work.images, {}, adds=False).loss
+        optimizer.step()
+        return loss
+
+    return step
 
 
 def kdlib_parts(work: Work) -> tuple[kd.Teacher, kd.Distiller]:
@@ -175,4 +199,6 @@ def modes(work: str, who: str, cpu: bool) -> list[str | None]:
     """None is eager; peers run as they come."""
     if cpu or who not in OURS:
         return [None]
-    return [None, "default", "reduce-overhead"] if work == "small" else [None, "default"]
+    if work != "small":
+        return [None, "default"]
+    return [None, "default", "reduce-overhead", *(compiling.RECORDED if who == "kdlib" else ())]

@@ -42,7 +42,7 @@ import peers
 from contestants import OURS, Build, contestants, modes
 from work import Step, Work, about, busy, works
 
-MODES = ("eager", "default", "reduce-overhead")
+MODES = ("eager", "default", "reduce-overhead", "graphs", "compiled-graphs")
 Row = dict[str, Any]
 
 

@@ -70,14 +70,15 @@ def graphs() -> int:
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(("mode", "accumulate"), [("default", 1), ("default", 2), ("compiled-graphs", 2)])
 def test_a_compiled_run_ends_as_the_plain_one_with_one_graph_more_when_terms_end(
-    accumulate: int, tmp_path: Path
+    mode: str, accumulate: int, tmp_path: Path
 ) -> None:
+    """Where there is no CUDA graph to record, it is compiled all the same."""
     plain = training(tmp_path / "plain", "off", accumulate)
     plain.run()
     assert graphs() == 0
-    run = training(tmp_path / "compiled", "default", accumulate)
+    run = training(tmp_path / "compiled", mode, accumulate)
     seen: list[int] = []
     begin = run._set_epoch
 

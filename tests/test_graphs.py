@@ -11,12 +11,13 @@ from torch import Tensor
 import kdlib as kd
 from kdlib.distiller import Distilled
 from kdlib.losses import CrossEntropy, FeatureMSE, SoftTarget
+from kdlib.training import compiling
 from kdlib.training.graphs import Graphs, try_graphs
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 
 
-def trained(graphs: bool, accumulate: int, dropout: float, steps: int = 12) -> list[Tensor]:
+def trained(graphs: bool, accumulate: int, dropout: float, steps: int = 12, compiled: bool = False) -> list[Tensor]:
     """Parameters and buffers after some steps, terms switching on and off on the way."""
     torch.manual_seed(0)
     torch.backends.cudnn.deterministic = True
@@ -32,6 +33,8 @@ def trained(graphs: bool, accumulate: int, dropout: float, steps: int = 12) -> l
         ),
     ]
     distiller, teacher = kd.Distiller(student, terms).to(device), kd.Teacher(model, terms)
+    if compiled:
+        compiling.compile_whole([teacher, distiller], "default")
     optimizer = torch.optim.AdamW(distiller.parameters(), lr=1e-2, fused=True)
 
     def backward(images: Tensor, targets: dict[str, Tensor]) -> Distilled:
@@ -63,6 +66,14 @@ def test_a_replayed_step_is_the_plain_one(accumulate: int, dropout: float) -> No
     """Dropout and batch norm among them: random numbers and running means are those of the plain run."""
     for plain, replayed in zip(trained(False, accumulate, dropout), trained(True, accumulate, dropout), strict=True):
         assert torch.equal(plain, replayed)
+
+
+@gpu
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_replayed_compiled_step_is_the_compiled_one(accumulate: int) -> None:
+    plain, replayed = (trained(graphs, accumulate, 0.0, compiled=True) for graphs in (False, True))
+    for before, after in zip(plain, replayed, strict=True):
+        assert torch.equal(before, after)
 
 
 @gpu

@@ -179,7 +179,7 @@ def test_the_count_finds_what_waits(
 
 
 @gpu
-@pytest.mark.parametrize("mode", ["off", "default", "graphs"])
+@pytest.mark.parametrize("mode", ["off", "default", "graphs", "compiled-graphs"])
 @pytest.mark.parametrize("case", CASES)
 def test_a_gpu_never_waits_within_a_step(case: str, mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """CUDA itself raises at any synchronisation, loading and averaging included, from the second step of each epoch to

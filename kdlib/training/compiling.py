@@ -14,7 +14,9 @@ from torch import nn
 
 from .randomness import random_state, set_random_state
 
-MODES = ("auto", "off", "default", "reduce-overhead", "max-autotune-no-cudagraphs", "graphs")
+MODES = ("auto", "off", "default", "reduce-overhead", "max-autotune-no-cudagraphs", "graphs", "compiled-graphs")
+RECORDED = {"graphs": None, "compiled-graphs": "default"}
+"""Modes of which a step is recorded as one CUDA graph, and how it is compiled before."""
 
 
 def resolve(mode: str, device: torch.device) -> str | None:

@@ -142,13 +142,15 @@ class Training:
         self._set_epoch()
         images, targets = next(self._batches(0))
         modules = [self.distiller] if self.teacher is None else [self.distiller, self.teacher]
-        if self.mode == "graphs":
+        recorded, mode = self.mode in compiling.RECORDED, compiling.RECORDED.get(self.mode, self.mode)
+        if mode is not None:
+            backward = partial(self._backward, images, targets)
+            self.mode, line = compiling.rehearse(backward, modules, mode, images.device)
+            say(f"{self.title}: {line}", self.main)
+        if recorded:
             graphs = Graphs(self._backward, modules, self.distiller.live, self.accumulate)
             self.graphs, line = try_graphs(graphs, images, targets)
-        else:
-            backward = partial(self._backward, images, targets)
-            self.mode, line = compiling.rehearse(backward, modules, self.mode, images.device)
-        say(f"{self.title}: {line}", self.main)
+            say(f"{self.title}: {line}", self.main)
 
     # one epoch
 
