@@ -6,7 +6,9 @@
 Teacher and distiller compile whole on a GPU, as in a run; DistributedDataParallel holds the distiller. A step is
 everything but the data: both teachers, the student forward and backward, the reduction of gradients, AdamW. Efficiency
 is the time of one process over that of n; its quartiles are over rounds. One process runs without any reduction, on the
-first device, while the others wait. Rows are written one by one.
+first device, while the others wait. apart_ms is the slowest of n processes at the same time without any reduction: what
+it is above one process's comes from the cards and their host, and what n take above it is the reduction's. Rows are
+written one by one; on GPUs with what ran on the first one in a step.
 """
 
 from __future__ import annotations
@@ -28,34 +30,37 @@ from torch.nn.parallel import DistributedDataParallel
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from contestants import kdlib_parts
+from step import kernels_of
 from work import Step, about, busy, train, works
 
 from kdlib.training import compiling
 
 
-def build(given: argparse.Namespace, processes: int) -> Step:
+def times(given: argparse.Namespace, processes: int) -> tuple[list[float], list[float], dict[str, Any] | None]:
+    """Milliseconds of a step in each round, the slowest process's: without and with the reduction; and its kernels."""
     work = works(given.cpu, given.batch)["whole"]
     work = work if given.cpu else work.in_channels_last()
     teacher, distiller = kdlib_parts(work)
-    mode = None if given.cpu or given.eager else "default"
-    compiling.compile_whole([teacher, distiller], mode)
-    engine: Any = distiller
+    compiling.compile_whole([teacher, distiller], None if given.cpu or given.eager else "default")
+
+    def step_of(engine: Any) -> Step:
+        return train(work, distiller, lambda: engine(work.images, teacher(work.images)).loss)
+
+    step = step_of(distiller)
+    apart = together = rounds(given, step, processes)
     if processes > 1:
         # a bare buffer of weights follows the schedule, not rank 0
         devices = None if given.cpu else [torch.cuda.current_device()]
-        engine = DistributedDataParallel(
-            distiller, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+        step = step_of(
+            DistributedDataParallel(
+                distiller, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
         )
-
-    def loss_of() -> torch.Tensor:
-        return engine(work.images, teacher(work.images)).loss
-
-    return train(work, distiller, loss_of)
+        together = rounds(given, step, processes)
+    return apart, together, None if given.cpu else kernels_of(step)
 
 
-def times(given: argparse.Namespace, processes: int) -> list[float]:
-    """Milliseconds of a step in each round, the slowest process's."""
-    step = build(given, processes)
+def rounds(given: argparse.Namespace, step: Step, processes: int) -> list[float]:
     began = time.perf_counter()
     step()
     synchronize(given.cpu)
@@ -128,15 +133,17 @@ def main() -> None:
     for processes in given.processes:
         queue = mp.get_context("spawn").SimpleQueue()
         mp.spawn(worker, (given, processes, queue), nprocs=processes)
-        found = queue.get()
+        apart, found, kernels = queue.get()
         base = base or found
         low, middle, high = statistics.quantiles([statistics.median(base) / each for each in found], n=4)
         rows.append({
             "work": "whole", "processes": processes, "images": processes * given.batch,
             "ms": round(statistics.median(found), 3), "least": round(min(found), 3),
-            "efficiency": [round(x, 4) for x in (low, middle, high)],
+            "apart_ms": round(statistics.median(apart), 3), "efficiency": [round(x, 4) for x in (low, middle, high)],
         })  # fmt: skip
         print(json.dumps(rows[-1]), flush=True)
+        if kernels is not None:
+            rows[-1]["kernels"] = kernels
         if given.out:
             given.out.parent.mkdir(parents=True, exist_ok=True)
             given.out.write_text(json.dumps(head | {"rows": rows}, indent=1) + "\n")

@@ -33,7 +33,19 @@ def step(name: str) -> str:
     if found is None:
         return NOT_YET
     heads = ("work", "who", "mode", "ms", "least ms", "peak MiB", "of the floor", "of by hand", "first step s")
-    return f"{about(found)}\n\n{table(heads, [_step(row) for row in found['rows']])}"
+    written = f"{about(found)}\n\n{table(heads, [_step(row) for row in found['rows']])}"
+    return f"{written}\n\n{line}" if (line := _peers(found["rows"])) else written
+
+
+def _peers(rows: list[dict[str, Any]]) -> str:
+    """How long others take for what kdlib does compiled."""
+    times = {(row["work"], row["who"], row["mode"]): row["ms"] for row in rows if "ms" in row}
+    own = times.get(("blocks", "kdlib", "default"))
+    told = [f"{who} {ms / own:.2f}" for (work, who, mode), ms in times.items()
+            if own and work == "blocks" and who not in ("floor", "by hand", "kdlib")]  # fmt: skip
+    return (
+        f"Times as long as kdlib's compiled step of blocks, the others as they come: {', '.join(told)}." if told else ""
+    )
 
 
 def _step(row: dict[str, Any]) -> list[str]:
@@ -74,9 +86,11 @@ def scaling() -> str:
     found = result("scaling")
     if found is None:
         return NOT_YET
-    rows = [(str(row["processes"]), row["work"], f"{row['images']:,}", f"{row['ms']:.1f}", _ratio(row, "efficiency"))
+    rows = [(str(row["processes"]), row["work"], f"{row['images']:,}", f"{row['ms']:.1f}",
+             f"{row['apart_ms']:.1f}" if "apart_ms" in row else "-", _ratio(row, "efficiency"))
             for row in found["rows"]]  # fmt: skip
-    return f"{about(found)}\n\n{table(('processes', 'work', 'images a step', 'ms', 'efficiency'), rows)}"
+    heads = ("processes", "work", "images a step", "ms", "ms without reduction", "efficiency")
+    return f"{about(found)}\n\n{table(heads, rows)}"
 
 
 def losses() -> str:

@@ -95,8 +95,8 @@ def recipes(study: Study, scale: Path, seeds: int, folder: Path, more: Sequence[
         ConfigError: a row that is no recipe; its name stands in front.
     """
     found = {}
-    for name, parts in study.rows.items():
-        for seed in range(seeds):
+    for seed in range(seeds):  # a study that is cut off has few seeds of every row, not every seed of few rows
+        for name, parts in study.rows.items():
             own = [f"seed={seed}", "baseline=null", f"output={folder / f'{_slug(name)}-{seed}'}"]
             try:
                 found[name, seed] = load(read([str(scale), *parts, *more, *own]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -85,6 +86,8 @@ def gather(study: Study, planned: Mapping[Key, Recipe], failed: Mapping[str, str
 
 
 def _pool(jobs: int) -> ProcessPoolExecutor:
+    """Processes of which each compiles, if it does, on its share of the cores; by itself it would take all."""
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
     return ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"))
 
 
