@@ -180,7 +180,7 @@ def kdlib_parts(work: Work) -> tuple[kd.Teacher, kd.Distiller]:
     terms = list(kd.fit(terms, student, net, work.images[:2]).terms)
     half = torch.bfloat16 if work.images.is_cuda else None
     teacher = kd.Teacher(net, terms, dtype=half, channels_last=work.layout is torch.channels_last)
-    return teacher, kd.Distiller(student, terms).to(work.images.device)
+    return teacher, kd.Distiller(student, terms, dtype=half).to(work.images.device)
 
 
 OURS = ("floor", "by hand", "kdlib")

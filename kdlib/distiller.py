@@ -149,6 +149,8 @@ class Distiller(nn.Module):
     Args:
         student: the model that learns.
         terms: what it learns from; adapters and learnable losses in them must be sized (see ``fit``).
+        dtype: precision in which its features are read, e.g. ``torch.bfloat16``; by default the one that they have.
+            Half of it is kept for the backward pass; what losses compute with it stays float32.
 
     Raises:
         ValueError: a tap that the student does not have; a term that still has to be fitted.
@@ -156,9 +158,9 @@ class Distiller(nn.Module):
 
     weights: Tensor
 
-    def __init__(self, student: nn.Module, terms: Sequence[Term]) -> None:
+    def __init__(self, student: nn.Module, terms: Sequence[Term], *, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        self.student = student
+        self.student, self.dtype = student, dtype
         self.terms = check_terms(terms)
         for term in self.terms:
             if term.adapter is not None and not term.adapters:
@@ -228,6 +230,7 @@ class Distiller(nn.Module):
         """The student's answer, and each live term before its weight, with its gradient."""
         _check_targets([self.terms[i] for i in self._live], targets)
         answer, seen = self.taps.watch(self.student, images)
+        seen = {tap: x.to(self.dtype or x.dtype) if x.is_floating_point() else x for tap, x in seen.items()}
         seen["@output"] = logits = _logits(answer, "student")
         live = [self.terms[i] for i in self._live]
         return logits, {term.name: self._value(term, seen, targets, images.shape) for term in live}

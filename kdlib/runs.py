@@ -118,8 +118,8 @@ def _train(ready: Ready, accelerator: Accelerator) -> tuple[dict[str, float], to
     student = ready.student.to(accelerator.device, memory_format=memory)  # type: ignore[call-overload]
     ema = ModelEmaV3(student, recipe.ema.decay, use_warmup=recipe.ema.warmup) if recipe.ema is not None else None
     untouched = deepcopy(student).cpu() if accelerator.is_fsdp2 else None  # what is trained there are pieces
-    distiller = Distiller(student, terms).to(accelerator.device)
     half = torch.bfloat16 if recipe.precision == "bf16" else None  # float16 does not hold every feature
+    distiller = Distiller(student, terms, dtype=half).to(accelerator.device)
     last = recipe.channels_last
     teacher = Teacher(panel, terms, prepare=ready.prepare, dtype=half, channels_last=last) if panel else None
     optimizer = build.build_optimizer(recipe.optimizer, distiller)

@@ -317,6 +317,23 @@ def test_teacher_options_leave_its_answers_alone(student: nn.Module, teacher: nn
         assert half[tap].dtype == torch.bfloat16
 
 
+def test_features_read_in_half_precision_give_the_same_loss_but_for_rounding(
+    student: nn.Module, teacher: nn.Module, images: Tensor, labels: Tensor
+) -> None:
+    terms = objective(student, teacher)
+    found = {}
+    for dtype in (None, torch.bfloat16):
+        targets = kd.Teacher(teacher, terms, dtype=dtype)(images)
+        torch.manual_seed(3)
+        student.zero_grad()
+        out = kd.Distiller(student, terms, dtype=dtype)(images, targets | {"@labels": labels})
+        assert out.loss.dtype == torch.float32
+        out.loss.backward()
+        found[dtype] = (out.loss.detach(), *gradients(student))
+    for exact, rounded in zip(*found.values(), strict=True):
+        assert 0 < (rounded - exact).norm() < 0.02 * exact.norm()
+
+
 def test_a_teacher_takes_images_in_any_memory_layout(teacher: nn.Module, images: Tensor) -> None:
     frozen = kd.Teacher(teacher, [kd.Term("soft", kd.losses.SoftTarget())])
     plain = frozen(images)["@output"]

@@ -146,3 +146,33 @@ def test_crd_scores_are_the_same_in_both_forms():
         u, contrast = torch.randn(3, 4), torch.randint(30, (3, 1 + loss.negatives))
         expected = (loss.memory_teacher[contrast] * u[:, None]).sum(-1) / loss.temperature
         torch.testing.assert_close(loss._scores(loss.memory_teacher, u, contrast), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_features_lose_nothing_but_their_rounding(dtype):
+    """FeatureMSE keeps the difference in half: an exact value, a gradient rounded once more, a right second one."""
+    from kdlib.losses import FeatureMSE
+
+    student = torch.randn(3, 5, 7).to(dtype).requires_grad_()
+    teacher = torch.randn(3, 5, 7)
+    exact = student.detach().double().requires_grad_()
+    plain = (exact - teacher.double()).square().mean()
+    value = FeatureMSE()(student, teacher)
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value.double(), plain, rtol=1e-6, atol=0)
+    (gradient,) = torch.autograd.grad(value, student, create_graph=True)
+    (by_definition,) = torch.autograd.grad(plain, exact)
+    assert gradient.dtype == dtype
+    torch.testing.assert_close(gradient.double(), by_definition, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+    (second,) = torch.autograd.grad(gradient.float().sum(), student)
+    torch.testing.assert_close(second.float(), torch.full_like(teacher, 2 / 105), rtol=0.01, atol=0)
+    with torch.inference_mode():
+        seen = teacher.clone()
+    torch.testing.assert_close(FeatureMSE()(student, seen), value)
+
+
+def test_the_gap_of_token_grams_may_be_differentiated_twice():
+    from kdlib.losses.algebra import gram_gap
+
+    given = [torch.randn(2, 5, 4, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    assert torch.autograd.gradcheck(gram_gap, given) and torch.autograd.gradgradcheck(gram_gap, given)

@@ -40,6 +40,37 @@ def mean_square(s: Tensor, t: Tensor) -> Tensor:
     return F.mse_loss(s.permute(order), t.permute(order))
 
 
+class _HalfMeanSquare(torch.autograd.Function):
+    """``mean_square`` in float32 of half-precision tensors, which keeps their difference in their own precision.
+
+    The gradient ends in that precision anyway. Lifted to float32 before, both sides would be kept twice as large.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, s: Tensor, t: Tensor) -> Tensor:
+        gap = s.float() - t.float()
+        ctx.save_for_backward(s, t, gap.to(s.dtype))
+        return gap.square().mean()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        s, t, gap = ctx.saved_tensors
+        if torch.is_grad_enabled():  # it is to be differentiated once more
+            gap = s.float() - t.float()
+        return (grad * (2 / gap.numel()) * gap.float()).to(s.dtype), None
+
+
+def may_be_kept(x: Tensor) -> bool:
+    """Whether a backward pass may read it: what ``torch.inference_mode`` made may not. A compiler makes its own."""
+    return torch.compiler.is_compiling() or not x.is_inference()
+
+
+def half_mean_square(s: Tensor, t: Tensor) -> Tensor:
+    """Mean of ``(s − t)²`` of a half-precision ``s`` and any ``t``, a float32; no gradient for ``t``."""
+    value: Tensor = _HalfMeanSquare.apply(s, t)
+    return value
+
+
 def gram_gap(s: Tensor, t: Tensor) -> Tensor:
     """``Σ ‖SSᵀ − TTᵀ‖²`` over a batch of ``(…, N, C)`` and ``(…, N, C')``, in the cheapest of its exact forms.
 

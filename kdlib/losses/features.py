@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .algebra import channel_axis, cosine_gap, mean_square, pooled, unit
+from .algebra import channel_axis, cosine_gap, half_mean_square, may_be_kept, mean_square, pooled, unit
 from .base import Loss, full_precision
 from .checks import check_alike, check_choice
 
@@ -17,7 +18,8 @@ class FeatureMSE(Loss):
 
     Shapes: student and teacher of one shape, read as tokens ``(B, N, C)`` unless the term says otherwise.
     Floor: 0. No labels. This is the imitation term of RIFormer, on block outputs and on token mixers alike. FitNets
-    writes half the squared norm, its sum over elements.
+    writes half the squared norm, its sum over elements. Of a half-precision student the difference, taken in float32,
+    is kept for the backward pass in the student's precision.
 
     Args:
         normalize: what is done to both sides first. ``"l2"``: each position's channels to unit length; ``"layer"``:
@@ -41,8 +43,15 @@ class FeatureMSE(Loss):
         check_choice(self, normalize=(normalize, (None, "l2", "layer", "batch")))
         self.normalize = normalize
 
-    @full_precision
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        half = student.dtype in (torch.bfloat16, torch.float16) and student.numel() > 0
+        if half and self.normalize is None and may_be_kept(teacher):
+            check_alike(self, student, teacher, "any")
+            return half_mean_square(student, teacher.detach())
+        return self._plain(student, teacher)
+
+    @full_precision
+    def _plain(self, student: Tensor, teacher: Tensor) -> Tensor:
         check_alike(self, student, teacher, "any")
         return mean_square(self._normalized(student), self._normalized(teacher))
 

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .algebra import may_be_kept
+
 WIDEST = 128
 """Channels of which three Grams and a tile of tokens fit on a multiprocessor."""
 ROWS, STEP = 64, 64
@@ -33,7 +35,7 @@ def serves(s: Tensor, t: Tensor) -> bool:
         and s.shape == t.shape
         and s.numel() > 0
         and s.shape[-1] <= min(WIDEST, s.shape[-2])
-        and (torch.compiler.is_compiling() or not t.is_inference())  # which no backward pass may read
+        and may_be_kept(t)
         and torch.backends.cuda.matmul.allow_tf32  # their products are in TF32
         and _on_hopper()
     )
