@@ -10,7 +10,7 @@ RESNET = "accelerate launch recipes/resnet/run.py"
 RIFORMER = "accelerate launch recipes/riformer/run.py"
 CONFIGS = "recipes/riformer/configs"
 STUDY = "accelerate launch recipes/riformer/study.py"
-GRAPHS = "--jobs 16 compile.mode=graphs threads=1 data.augment.crop_padding=2"
+GRAPHS = "--jobs 16 compile.mode=compiled-graphs threads=1 data.augment.crop_padding=2"
 FSDP = "accelerate launch --use_fsdp --fsdp_version 2 --num_processes 8"
 POLICIES = (
     "TRANSFORMER_BASED_WRAP --fsdp_transformer_layer_cls_to_wrap Block",
