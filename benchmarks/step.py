@@ -8,12 +8,12 @@ whole     RIFormer's objective: GFNet-H-B and PoolFormer-S12 as teachers, four t
 small     the whole objective for the 64 px models, which are bound by kernel launches
 
 floor is every teacher's forward and a step by labels alone: what any distillation must pay. by hand is a loop of one's
-own for the same objective. On a GPU these and kdlib run in channels_last, as the recipe's ImageNet configs do, and
-kdlib tells and reads features in bf16; the peers run as they come. The contestants of a work take turns, round by
-round, every second round backwards; ms is the median over rounds, MiB the peak that a contestant adds while it steps,
-loss that of the first step. of_floor and of_hand are the quartiles over rounds of the ratio to the floor, and to the
-loop by hand, of that round and mode; on a CPU they are ratios of processor time, which other programs disturb less
-than the wall's clock.
+own for the same objective. On a GPU these and kdlib run in channels_last, and kdlib tells and reads features in bf16,
+as a run of a recipe does; the peers run as they come. The contestants of a work take turns, round by round, every
+second round backwards; ms is the median over rounds, MiB the peak that a contestant adds while it steps, loss that of
+the first step. of_floor and of_hand are the quartiles over rounds of the ratio to the floor, and to the loop by hand,
+of that round and mode; on a CPU they are ratios of processor time, which other programs disturb less than the wall's
+clock.
 
 Compiled contestants take a minute each to start. --jobs has others fill the compiler's cache first, side by side, and
 --budget leaves out what would not be done in time: what there is is written after every round.

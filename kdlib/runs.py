@@ -7,6 +7,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
+from typing import Literal
 
 import torch
 from accelerate import Accelerator
@@ -24,7 +25,7 @@ from .training.place import start
 from .training.ranks import on_main
 from .training.train import Training
 
-AS_THEY_ARE = ("epochs", "accumulate", "channels_last", "log_every", "log_gradients", "eval_every", "save_every")
+AS_THEY_ARE = ("epochs", "accumulate", "log_every", "log_gradients", "eval_every", "save_every")
 """Keys of a recipe that ``Training`` takes as they are."""
 
 
@@ -110,17 +111,25 @@ def _make(ready: Ready, accelerator: Accelerator) -> Outcome:
     return outcome
 
 
+def channels_last(asked: bool | Literal["auto"], student: torch.nn.Module, accelerator: Accelerator) -> bool:
+    """What the key of a recipe means here."""
+    if asked != "auto":
+        return asked
+    convolutions = [module for module in student.modules() if isinstance(module, torch.nn.Conv2d)]
+    return accelerator.device.type == "cuda" and not accelerator.is_fsdp2 and len(convolutions) > 1
+
+
 def _train(ready: Ready, accelerator: Accelerator) -> tuple[dict[str, float], torch.nn.Module, torch.nn.Module | None]:
     """The last evaluation, the trained student, and its moving average where there is one."""
     recipe, terms, data, panel = ready.recipe, ready.plan.terms, ready.data, ready.panel
     set_seed(recipe.seed, device_specific=True)  # what was drawn above depends on what was there already
-    memory = torch.channels_last if recipe.channels_last else torch.preserve_format
+    last = channels_last(recipe.channels_last, ready.student, accelerator)
+    memory = torch.channels_last if last else torch.preserve_format
     student = ready.student.to(accelerator.device, memory_format=memory)  # type: ignore[call-overload]
     ema = ModelEmaV3(student, recipe.ema.decay, use_warmup=recipe.ema.warmup) if recipe.ema is not None else None
     untouched = deepcopy(student).cpu() if accelerator.is_fsdp2 else None  # what is trained there are pieces
     half = torch.bfloat16 if recipe.precision == "bf16" else None  # float16 does not hold every feature
     distiller = Distiller(student, terms, dtype=half).to(accelerator.device)
-    last = recipe.channels_last
     teacher = Teacher(panel, terms, prepare=ready.prepare, dtype=half, channels_last=last) if panel else None
     optimizer = build.build_optimizer(recipe.optimizer, distiller)
     training = Training(
@@ -132,6 +141,7 @@ def _train(ready: Ready, accelerator: Accelerator) -> tuple[dict[str, float], to
         accelerator,
         recipe.output,
         title=ready.title,
+        channels_last=last,
         clip_grad=recipe.optimizer.clip_grad,
         compile=recipe.compile.mode,
         ema=ema,

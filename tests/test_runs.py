@@ -7,9 +7,11 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -450,3 +452,19 @@ def test_several_processes_that_do_not_know_of_each_other_are_refused(
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr("kdlib.training.place.Accelerator", lambda **_: type("Alone", (), {"num_processes": 1})())
     assert lines(runs.start, plain(folder, tmp_path / "r"))[0].startswith("launch: 2 processes were started, but each")
+
+
+@pytest.mark.parametrize(
+    ("student", "device", "fsdp", "expected"),
+    [
+        ("riformer_nano", "cuda", False, True),
+        ("riformer_nano", "cpu", False, False),
+        ("riformer_nano", "cuda", True, False),
+        ("vit_tiny_patch16_224", "cuda", False, False),
+    ],
+)
+def test_convolutions_get_their_layout_on_a_gpu(student: str, device: str, fsdp: bool, expected: bool) -> None:
+    accelerator: Any = SimpleNamespace(device=torch.device(device), is_fsdp2=fsdp)
+    net = timm.create_model(student)
+    assert runs.channels_last("auto", net, accelerator) == expected
+    assert all(runs.channels_last(asked, net, accelerator) == asked for asked in (True, False))

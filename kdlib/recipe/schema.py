@@ -164,10 +164,12 @@ class Recipe(Strict):
     accumulate: Count = 1
     """Batches per optimizer step."""
     precision: Literal["none", "bf16", "fp16"] = "none"
-    """Mixed precision of the student, and of teachers that name none."""
+    """Mixed precision. ``bf16`` also tells and reads features in bfloat16; losses compute in float32 always."""
     tf32: StrictBool = True
     """On a GPU, float32 products are computed from numbers of 10 mantissa bits: several times as fast."""
-    channels_last: StrictBool = False
+    channels_last: StrictBool | Literal["auto"] = "auto"
+    """Memory layout that convolutions like. ``auto``: on a GPU where the student has more of them than its stem, in one
+    piece (not under FSDP2)."""
     compile: Compile = Compile()
     threads: Natural = 0
     """CPU threads; 0 takes all cores for one process, whatever the launcher set."""
