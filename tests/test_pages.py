@@ -58,6 +58,16 @@ def test_the_readmes_headline_is_what_was_measured() -> None:
     assert f"| {best['riformer_m36']:,.0f} | |" in readme
 
 
+def test_the_readme_tells_a_steps_measured_cost() -> None:
+    rows = json.loads((generated.RESULTS / "step.json").read_text())["rows"]
+    blocks = {(row["who"], row["mode"]): row for row in rows if row["work"] == "blocks"}
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    own = blocks["kdlib", "default"]
+    assert f"terms takes {own['of_floor'][1]:.2f} times as long as a plain step" in readme
+    for who, name in (("torchdistill", "torchdistill takes"), ("nvidia-modelopt", "NVIDIA's Model-Optimizer")):
+        assert f"{name} {blocks[who, 'eager']['ms'] / own['ms']:.2f}" in readme
+
+
 def test_the_ladders_summary_is_the_studys_own() -> None:
     """What the page computes from the stored seeds is what the study wrote down when it ran."""
     stored = json.loads((generated.RESULTS / "ladder_5k_plain.json").read_text())["summary"]
