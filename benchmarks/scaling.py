@@ -49,13 +49,8 @@ def times(given: argparse.Namespace, processes: int) -> tuple[list[float], list[
     step = step_of(distiller)
     apart = together = rounds(given, step, processes)
     if processes > 1:
-        # a bare buffer of weights follows the schedule, not rank 0
         devices = None if given.cpu else [torch.cuda.current_device()]
-        step = step_of(
-            DistributedDataParallel(
-                distiller, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
-        )
+        step = step_of(DistributedDataParallel(distiller, device_ids=devices, gradient_as_bucket_view=True))  # as a run
         together = rounds(given, step, processes)
     return apart, together, None if given.cpu else kernels_of(step)
 

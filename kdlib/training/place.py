@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
 
 from ..config import ConfigError
 from ..recipe import Recipe
@@ -29,7 +29,9 @@ def start(recipe: Recipe) -> Accelerator:
                 [f"launch: {name} is not taken; launch with --use_fsdp --fsdp_version 2, which shards too"]
             )
     try:
-        accelerator = Accelerator(mixed_precision="no" if recipe.precision == "none" else recipe.precision)
+        precision = "no" if recipe.precision == "none" else recipe.precision
+        ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # keeps no second copy of the gradients
+        accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=[ddp])
     except ValueError as error:
         what = "launch" if recipe.precision == "none" else f"precision: {recipe.precision} cannot be had here"
         raise ConfigError([f"{what}: {' '.join(str(error).split())}"]) from None
