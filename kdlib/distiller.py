@@ -149,8 +149,8 @@ class Distiller(nn.Module):
     Args:
         student: the model that learns.
         terms: what it learns from; adapters and learnable losses in them must be sized (see ``fit``).
-        dtype: precision in which its features are read, e.g. ``torch.bfloat16``; by default the one that they have.
-            Half of it is kept for the backward pass; what losses compute with it stays float32.
+        dtype: precision in which its features are read, e.g. ``torch.bfloat16``; by default the one that they have, as
+            where an adapter reads them. Half of it is kept for the backward pass; losses compute in float32.
 
     Raises:
         ValueError: a tap that the student does not have; a term that still has to be fitted.
@@ -230,7 +230,6 @@ class Distiller(nn.Module):
         """The student's answer, and each live term before its weight, with its gradient."""
         _check_targets([self.terms[i] for i in self._live], targets)
         answer, seen = self.taps.watch(self.student, images)
-        seen = {tap: x.to(self.dtype or x.dtype) if x.is_floating_point() else x for tap, x in seen.items()}
         seen["@output"] = logits = _logits(answer, "student")
         live = [self.terms[i] for i in self._live]
         return logits, {term.name: self._value(term, seen, targets, images.shape) for term in live}
@@ -258,7 +257,10 @@ class Distiller(nn.Module):
         return torch.stack(values).mean() if term.reduce == "mean" else torch.stack(values).sum()
 
     def _mine(self, term: Term, tap: str, seen: Mapping[str, Tensor], images: Size) -> Tensor:
-        x = read(term, 0, seen[tap], images)
+        x = seen[tap]
+        if self.dtype is not None and tap not in term.adapters and tap != "@output":
+            x = x.to(self.dtype)  # before the view, so that a compiler finds a convolution's own cast of the map again
+        x = read(term, 0, x, images)
         if tap in term.adapters:
             x = self.adapters[term.name][_key(tap)](x)  # type: ignore[index]
         if torch.is_grad_enabled() and not x.requires_grad:
