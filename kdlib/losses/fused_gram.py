@@ -27,24 +27,12 @@ HAS_TRITON = find_spec("triton") is not None and torch.version.cuda is not None
 
 def serves(s: Tensor, t: Tensor) -> bool:
     """Whether the kernels take these tokens, and are the cheaper way."""
-    return (
-        HAS_TRITON
-        and s.is_cuda
-        and t.is_cuda
-        and s.dtype != torch.float64
-        and s.shape == t.shape
-        and s.numel() > 0
-        and s.shape[-1] <= min(WIDEST, s.shape[-2])
-        and may_be_kept(t)
-        and torch.backends.cuda.matmul.allow_tf32  # their products are in TF32
-        and _on_hopper()
-    )
+    fit = s.shape == t.shape and 0 < s.shape[-1] <= min(WIDEST, s.shape[-2]) and s.numel() > 0
+    if not (HAS_TRITON and s.is_cuda and t.is_cuda and fit and s.dtype != torch.float64 and may_be_kept(t)):
+        return False
+    from .gram_kernels import on_hopper
 
-
-@torch.compiler.assume_constant_result
-def _on_hopper() -> bool:
-    """The tiles need 224 KB of shared memory, and were tried on no other chip."""
-    return torch.cuda.is_available() and torch.cuda.get_device_properties(torch.cuda.current_device()).major == 9
+    return torch.backends.cuda.matmul.allow_tf32 and on_hopper()  # their products are in TF32
 
 
 def gram_gap(s: Tensor, t: Tensor, normalize: bool) -> Tensor:
@@ -56,7 +44,7 @@ def gram_gap(s: Tensor, t: Tensor, normalize: bool) -> Tensor:
     return (sums * gaps + both * both.mT).sum() / 2
 
 
-# imported where they run: triton takes long to import, and is not everywhere
+# the kernels are imported where they run: triton takes long to import, and is not everywhere
 
 
 @torch.library.custom_op("kdlib::pair_grams", mutates_args=())

@@ -6,8 +6,15 @@ A token is divided by its length on chip, and its sum and difference are never w
 
 # mypy: disable-error-code="no-untyped-def"
 
+import torch
 import triton
 import triton.language as tl
+
+
+@torch.compiler.assume_constant_result
+def on_hopper() -> bool:
+    """The tiles need 224 KB of shared memory, and were tried on no other chip."""
+    return torch.cuda.is_available() and torch.cuda.get_device_properties(torch.cuda.current_device()).major == 9
 
 
 @triton.jit
