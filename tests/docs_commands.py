@@ -91,6 +91,7 @@ HELP = [
     "python recipes/riformer/measure/throughput.py --budget 550 --out throughput.json",
     "python recipes/riformer/measure/throughput.py --batch 128 --budget 550 --out throughput.json",
     "python benchmarks/fused_blocks.py --budget 200 --out benchmarks/results/fused_blocks.json",
+    "python benchmarks/inference.py --budget 300",
     "python recipes/riformer/measure/latency.py --out vit_latency.json",
     "python recipes/riformer/measure/receptive_field.py runs/riformer --out field.json",
     "python recipes/riformer/measure/affine_scales.py runs/riformer runs/other --out scales.json",

@@ -491,3 +491,19 @@ def test_precision_says_what_multiplies() -> None:
         assert clock.set_precision("fp32") == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
     finally:
         torch.backends.cudnn.allow_tf32 = True
+
+
+def test_forms_are_compared_with_the_train_forms_best_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import inference
+
+    rows = [
+        {"form": "train", "images_per_second": 100.0}, {"form": "train", "images_per_second": 50.0},
+        {"form": "full", "images_per_second": 150.0}, {"form": "kernels", "failed": "no GPU"},
+    ]  # fmt: skip
+    assert [row["of_train"] for row in inference.compared(rows)] == [1.0, 0.5, 1.5]
+    assert inference.compared(rows[2:]) == [{"form": "full", "images_per_second": 150.0, "of_train": None}]
+    known = {name for group in inference.jobs(cpu=True) + inference.jobs(cpu=False) for name in group}
+    assert {"riformer_micro:train", "riformer_m36:kernels", "gfnet_h_b:real"} <= known
+    for name in known:
+        throughput.order([name], throughput.SETTINGS[:1])  # knows every model and form
