@@ -207,7 +207,7 @@ def time_of(step: Step, repeats: int, work: Work) -> tuple[float, float]:
     return wall, wall if cuda else 1e3 * (time.process_time() - worked) / repeats
 
 
-def kernels_of(step: Step, steps: int = 3, longest: int = 60) -> dict[str, Any]:
+def kernels_of(step: Step, steps: int = 3, longest: int = 40) -> dict[str, Any]:
     """What ran on the GPU in a step: how many kernels, their milliseconds, and those that took most of them."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
         for _ in range(steps):
@@ -221,7 +221,7 @@ def kernels_of(step: Step, steps: int = 3, longest: int = 60) -> dict[str, Any]:
     return {
         "ms": round(sum(ms for ms, _, _ in named), 3),
         "count": round(sum(times for _, times, _ in named)),
-        "longest": [[name[:120], round(times, 1), round(ms, 3)] for ms, times, name in named[:longest]],
+        "longest": [f"{ms:.3f} ms, {times:g} x {name[:120]}" for ms, times, name in named[:longest]],
     }
 
 

@@ -66,7 +66,12 @@ def files() -> dict[str, set[Path]]:
 
 def whole(config: pytest.Config) -> list[str]:
     """The groups of which every test was asked for."""
-    if config.option.keyword or config.option.markexpr or config.option.lf or config.option.collectonly:
+    if (
+        config.option.keyword
+        or config.option.markexpr
+        or getattr(config.option, "lf", False)
+        or config.option.collectonly
+    ):
         return []
     asked = [Path(str(argument)).resolve() for argument in config.args]
     return [
