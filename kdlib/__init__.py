@@ -5,11 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 from . import losses
 from .adapters import Project, Renormalize
-from .distiller import Distilled, Distiller, Panel, Teacher
+from .distiller import Distilled, Distiller
 from .pairing import Pair, pair
 from .plan import Plan, fit
 from .schedules import Ramp, Window
 from .taps import Taps
+from .teacher import Panel, Teacher
 from .terms import Term
 
 __version__ = "0.1.0"

@@ -1,131 +1,20 @@
-"""Teacher and student meet: what is compared, and the weighted sum of it.
+"""The student, and the weighted sum of what it is compared by.
 
-images -> Teacher(images) -> targets: {tap: tensor}, no gradient
+images -> Teacher(images) -> targets: {tap: tensor}, no gradient (teacher.py)
 images -> Distiller(images, targets): student forward -> views -> adapters -> losses -> weighted sum
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Size, Tensor, nn
 
 from .adapters import find_layout, view_as
-from .taps import Taps
+from .taps import Taps, logits_of
 from .terms import Term, check_terms
-
-
-class Panel(nn.ModuleDict):
-    """Several teachers as one. The taps of each begin with its name; the bare name is what that teacher answers."""
-
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        return {name: member(images) for name, member in self.items()}
-
-
-class Teacher(nn.Module):
-    """A frozen model, or a ``Panel`` of them, that tells what its taps saw: ``images -> {tap: tensor}``.
-
-    Always in eval mode, without gradients, never in a checkpoint, not one bit of it changes. A model whose answer no
-    live term reads stops after its last live tap; a member of a panel that no live term reads is not run.
-
-    Args:
-        model: frozen in place (``eval()``, ``requires_grad_(False)``).
-        terms: those given to the ``Distiller`` too.
-        prepare: turns the student's images into the teacher's, e.g. ``Renormalize``; for a panel, by member name.
-        dtype: precision of its forward pass (autocast) and of what it tells, e.g. ``torch.bfloat16``; by default
-            whatever is around it.
-        channels_last: memory layout of its weights and images.
-
-    Raises:
-        ValueError: a tap that the model does not have; a term that reads ``"@output"`` of a panel.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        terms: Sequence[Term],
-        *,
-        prepare: nn.Module | Mapping[str, nn.Module] | None = None,
-        dtype: torch.dtype | None = None,
-        channels_last: bool = False,
-    ) -> None:
-        super().__init__()
-        self.model = model.eval().requires_grad_(False)
-        self.terms = check_terms(terms)
-        self.dtype = dtype
-        self.memory_format = torch.channels_last if channels_last else torch.preserve_format
-        self.model.to(memory_format=self.memory_format)
-        self.members: dict[str, nn.Module] = dict(model.items()) if isinstance(model, Panel) else {"": model}
-        given = {} if prepare is None else {"": prepare} if isinstance(prepare, nn.Module) else dict(prepare)
-        if unknown := set(given) - set(self.members):
-            raise ValueError(f"prepare= names {sorted(unknown)}, the teacher has {sorted(self.members)}")
-        self.prepare = nn.ModuleDict({name or "@": module.eval() for name, module in given.items()})
-        self.taps = {name: Taps(member, self._inside(name)) for name, member in self.members.items()}
-        self._listen(self.terms)
-
-    def _split(self, tap: str) -> tuple[str, str]:
-        """(member, tap inside it) that a teacher tap means."""
-        if not isinstance(self.model, Panel):
-            return "", tap
-        member, _, inside = tap.partition(".")
-        if member not in self.members:
-            raise ValueError(
-                f"teacher tap {tap!r}: the panel has {', '.join(self.members)}; a tap begins with one of them"
-            )
-        return member, inside or "@output"
-
-    def _read(self, member: str, terms: Sequence[Term]) -> dict[str, str]:
-        """{tap inside the member: its name among the targets} that ``terms`` read."""
-        taps = dict.fromkeys(tap for term in terms for tap in term.teacher_taps)
-        return {inside: tap for tap in taps for owner, inside in [self._split(tap)] if owner == member}
-
-    def _listen(self, terms: Sequence[Term]) -> None:
-        self._live = {name: self._read(name, terms) for name in self.members}
-        for name, live in self._live.items():
-            self.taps[name].live = tuple(tap for tap in live if tap != "@output")
-
-    def _inside(self, member: str) -> list[str]:
-        return [tap for tap in self._read(member, self.terms) if tap != "@output"]
-
-    def set_epoch(self, epoch: float, epochs: int) -> None:
-        """Listens from now on only to what the terms read that are on at ``epoch`` of ``epochs``."""
-        self._listen([term for term in self.terms if term.weight_at(epoch, epochs) > 0])
-
-    @torch.no_grad()
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        targets: dict[str, Tensor] = {}
-        precision = nullcontext() if self.dtype is None else torch.autocast(images.device.type, self.dtype)
-        with precision:
-            for name, live in self._live.items():
-                if live:
-                    targets.update(self._ask(name, live, images))
-        return targets
-
-    def _ask(self, name: str, live: Mapping[str, str], images: Tensor) -> dict[str, Tensor]:
-        if (name or "@") in self.prepare:
-            images = self.prepare[name or "@"](images)
-        images = images.to(memory_format=self.memory_format)
-        answer, seen = self.taps[name].watch(self.members[name], images, stop_early="@output" not in live)
-        if "@output" in live:
-            seen["@output"] = _logits(answer, f"teacher {name}".strip())
-        return {live[tap]: self._told(value) for tap, value in seen.items()}
-
-    def _told(self, value: Tensor) -> Tensor:
-        """A target in the precision asked for; a map also in the teacher's own layout, where a compiler writes it so.
-
-        A norm in eager answers contiguously whatever it is given, and so does the student's beside it.
-        """
-        if not value.is_floating_point():
-            return value
-        last = torch.compiler.is_compiling() and self.memory_format is torch.channels_last and value.ndim == 4
-        layout = torch.channels_last if last else torch.preserve_format
-        return value.to(dtype=self.dtype or value.dtype, memory_format=layout)
-
-    def train(self, mode: bool = True) -> Teacher:
-        return self  # a teacher stays in eval mode
 
 
 class Distilled(NamedTuple):
@@ -218,7 +107,7 @@ class Distiller(nn.Module):
     def forward(self, images: Tensor, targets: Mapping[str, Tensor] | None) -> Distilled:
         """One step; with targets None only the student answers, and the loss is zero."""
         if targets is None:
-            logits = _logits(self.student(images), "student")
+            logits = logits_of(self.student(images), "student")
             return Distilled(logits.new_zeros(()), logits, {})
         logits, values = self.values(images, targets)
         total = logits.new_zeros((), dtype=torch.float32)
@@ -230,7 +119,7 @@ class Distiller(nn.Module):
         """The student's answer, and each live term before its weight, with its gradient."""
         _check_targets([self.terms[i] for i in self._live], targets)
         answer, seen = self.taps.watch(self.student, images)
-        seen["@output"] = logits = _logits(answer, "student")
+        seen["@output"] = logits = logits_of(answer, "student")
         live = [self.terms[i] for i in self._live]
         return logits, {term.name: self._value(term, seen, targets, images.shape) for term in live}
 
@@ -290,14 +179,6 @@ def _check_targets(live: Sequence[Term], targets: Mapping[str, Tensor]) -> None:
                 f"{', '.join(targets) or 'nothing'}); "
                 "give Teacher and Distiller the same terms, and add '@labels' where a loss needs labels"
             )
-
-
-def _logits(answer: object, whose: str) -> Tensor:
-    if not isinstance(answer, Tensor):
-        raise RuntimeError(
-            f"the {whose} answers with {type(answer).__name__}, not one tensor; wrap it so that it returns logits"
-        )
-    return answer
 
 
 def _key(tap: str) -> str:

@@ -10,8 +10,9 @@ import torch
 from torch import Size, Tensor, nn
 
 from .adapters import build_adapter, find_layout
-from .distiller import Panel, Teacher, read
+from .distiller import read
 from .taps import Taps
+from .teacher import Panel, Teacher
 from .terms import Term, check_terms
 
 

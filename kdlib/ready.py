@@ -13,10 +13,10 @@ from torch import Tensor
 
 from .config import ConfigError
 from .data import Data
-from .distiller import Panel
 from .plan import Plan, fit
 from .recipe import Recipe, build, load_children, weights
 from .recipe import schema as recipes
+from .teacher import Panel
 from .training import runfolder, tracking
 
 

@@ -15,10 +15,11 @@ from accelerate.utils import set_seed
 from timm.utils import ModelEmaV3
 
 from .data import Data
-from .distiller import Distiller, Teacher
+from .distiller import Distiller
 from .progress import say
 from .ready import Ready, get_ready
 from .recipe import Recipe, build, weights
+from .teacher import Teacher
 from .training import faults, runfolder, sharding, tracking
 from .training.evaluation import evaluate
 from .training.place import start

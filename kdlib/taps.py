@@ -131,3 +131,16 @@ def _check(name: str, modules: dict[str, nn.Module], model: str) -> None:
     if path not in modules or not path:
         near = get_close_matches(path, modules, n=3, cutoff=0.4)
         raise ValueError(f"no tap {name!r} in {model}; did you mean {' or '.join(map(repr, near)) or 'a submodule'}?")
+
+
+def logits_of(answer: object, whose: str) -> Tensor:
+    """A model's answer, which must be one tensor; ``whose`` it is, for the error.
+
+    Raises:
+        RuntimeError: it is something else.
+    """
+    if not isinstance(answer, Tensor):
+        raise RuntimeError(
+            f"the {whose} answers with {type(answer).__name__}, not one tensor; wrap it so that it returns logits"
+        )
+    return answer

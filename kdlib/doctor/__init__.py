@@ -11,10 +11,11 @@ from torch import Tensor
 
 from .. import runs
 from ..data import with_targets
-from ..distiller import Distiller, Teacher
+from ..distiller import Distiller
 from ..plan import Plan
 from ..recipe import Recipe
 from ..recipe.weights import Convert, inherit
+from ..teacher import Teacher
 from ..training.compiling import resolve
 from .balance import Weighed, weigh
 from .cost import Cost, estimate

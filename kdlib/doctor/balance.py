@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor
 
-from ..distiller import Distiller, Teacher
+from ..distiller import Distiller
+from ..teacher import Teacher
 
 Batch = tuple[Tensor, Mapping[str, Tensor]]
 

@@ -12,9 +12,10 @@ import torch
 from accelerate import Accelerator
 
 from ..data import with_targets
-from ..distiller import Distiller, Teacher
+from ..distiller import Distiller
 from ..ready import Ready
 from ..recipe import build
+from ..teacher import Teacher
 from ..training.runfolder import SUMMARY
 
 

@@ -10,7 +10,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ..distiller import Distiller, Teacher
+from ..distiller import Distiller
+from ..teacher import Teacher
 from ..training.compiling import compile_whole
 
 

@@ -16,8 +16,8 @@ from ..adapters import Renormalize
 from ..config import ConfigError
 from ..data import Augment, Data
 from ..data import load as load_data
-from ..distiller import Panel
 from ..pairing import Pair, pair
+from ..teacher import Panel
 from .schema import Named, Optimizer, Recipe, Teacher
 from .wording import nearest
 

@@ -15,9 +15,9 @@ from torch import nn
 from ..config import ConfigError, read
 from ..data import Data
 from ..data.samplers import seeded
-from ..distiller import Panel
 from ..recipe import Recipe, build, load, load_children, weights
 from ..recipe.schema import Named
+from ..teacher import Panel
 from ..training import checkpoint, runfolder
 
 

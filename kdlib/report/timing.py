@@ -13,9 +13,10 @@ from torch import Tensor
 
 from ..config import ConfigError
 from ..data import with_targets
-from ..distiller import Distiller, Teacher
+from ..distiller import Distiller
 from ..plan import fit
 from ..recipe import build
+from ..teacher import Teacher
 from .opened import Opened, panel
 
 STEPS, PATIENCE = 8, 20.0

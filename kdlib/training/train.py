@@ -18,9 +18,10 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from ..data import Data, with_targets
-from ..distiller import Distilled, Distiller, Teacher
+from ..distiller import Distilled, Distiller
 from ..progress import bar, say
 from ..signals import Stopped, listen
+from ..teacher import Teacher
 from . import checkpoint, compiling, faults, gradients, sharding
 from .evaluation import evaluate, with_best
 from .graphs import Graphs, try_graphs
