@@ -2,8 +2,8 @@
 
 The form by channel Grams, as in ``algebra.gram_gap``: with ``A = S + T`` and ``D = S − T`` it is
 ``(⟨AᵀA, DᵀD⟩ + ⟨AᵀD, DᵀA⟩) / 2``. Plainly, unit tokens, ``A`` and ``D`` are written out and read by three products and
-by four of the backward pass. Here they live on chip: ``pair_grams`` gives the three Grams, and its gradient is
-``A (2 ⟨AᵀA⟩' + ⟨AᵀD⟩') + D (2 ⟨DᵀD⟩' + ⟨AᵀD⟩'ᵀ)``, where a prime is the gradient of the loss by a Gram, made symmetric.
+by four of the backward pass. Here they live on chip. ``pair_grams`` gives the three Grams; with ``P``, ``Q`` and ``R``
+the gradients by ``AᵀA``, ``DᵀD`` and ``AᵀD``, that by ``S`` is ``A (P + Pᵀ + R) + D (Q + Qᵀ + Rᵀ)``.
 """
 
 from __future__ import annotations
