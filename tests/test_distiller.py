@@ -334,6 +334,24 @@ def test_features_read_in_half_precision_give_the_same_loss_but_for_rounding(
         assert 0 < (rounded - exact).norm() < 0.02 * exact.norm()
 
 
+def test_a_loss_is_given_both_sides_in_the_precision_asked_for(
+    student: nn.Module, teacher: nn.Module, images: Tensor
+) -> None:
+    class Sees(nn.Module):
+        view = "tokens"
+
+        def forward(self, s: Tensor, t: Tensor) -> Tensor:
+            self.seen = s.dtype, t.dtype
+            return (s.float() - t.float()).square().mean()
+
+    loss = Sees()
+    terms = [kd.Term("block", loss, pairs=kd.pair(student, teacher, "stages.*.blocks.-1"))]
+    for dtype, expected in ((None, torch.float32), (torch.bfloat16, torch.bfloat16)):
+        targets = kd.Teacher(teacher, terms, dtype=dtype)(images)
+        out = kd.Distiller(student, terms, dtype=dtype)(images, targets)
+        assert loss.seen == (expected, expected) and out.logits.dtype == torch.float32
+
+
 def test_a_teacher_takes_images_in_any_memory_layout(teacher: nn.Module, images: Tensor) -> None:
     frozen = kd.Teacher(teacher, [kd.Term("soft", kd.losses.SoftTarget())])
     plain = frozen(images)["@output"]
