@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -83,7 +84,7 @@ def test_where_there_is_no_such_gpu_they_are_not_asked() -> None:
 
 
 @pytest.fixture
-def hopper() -> None:
+def hopper() -> Iterator[None]:
     if not torch.cuda.is_available() or torch.cuda.get_device_properties(0).major != 9:
         pytest.skip("needs a Hopper GPU")
     before = torch.get_float32_matmul_precision()

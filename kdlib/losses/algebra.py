@@ -60,15 +60,15 @@ class _HalfMeanSquare(torch.autograd.Function):
         return (grad * (2 / gap.numel()) * gap.float()).to(s.dtype), None
 
 
-def may_be_kept(x: Tensor) -> bool:
-    """Whether a backward pass may read it: what ``torch.inference_mode`` made may not. A compiler makes its own."""
-    return torch.compiler.is_compiling() or not x.is_inference()
-
-
 def half_mean_square(s: Tensor, t: Tensor) -> Tensor:
     """Mean of ``(s − t)²`` of a half-precision ``s`` and any ``t``, a float32; no gradient for ``t``."""
     value: Tensor = _HalfMeanSquare.apply(s, t)
     return value
+
+
+def may_be_kept(x: Tensor) -> bool:
+    """Whether a backward pass may read it: what ``torch.inference_mode`` made may not. A compiler makes its own."""
+    return torch.compiler.is_compiling() or not x.is_inference()
 
 
 def gram_gap(s: Tensor, t: Tensor) -> Tensor:

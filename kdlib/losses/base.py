@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
+from .algebra import may_be_kept
 from .checks import check_alike as check_alike
 from .checks import check_positive as check_positive
 
@@ -165,6 +166,6 @@ def _lift(x: Any, dtype: torch.dtype, detach: bool = False) -> Any:
         return [_lift(item, dtype, detach) for item in x]
     if detach:
         x = x.detach()
-        if not torch.compiler.is_compiling() and x.is_inference() and torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not may_be_kept(x):
             x = x.clone()
     return x.to(dtype) if x.is_floating_point() else x

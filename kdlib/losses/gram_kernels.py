@@ -19,12 +19,12 @@ def on_hopper() -> bool:
 
 @triton.jit
 def _units(x, image, channel, token, sb, sn, sc, C, N, NORMALIZE: tl.constexpr):
-    """Tokens of an image, (W, N) in float32, at unit length if asked; and one over their lengths, 0 of a zero token."""
+    """Tokens of an image, (W, N) in float32, at unit length if asked; and one over their lengths, 1 of a zero token."""
     at = x + image.to(tl.int64) * sb + channel[:, None] * sc + token[None, :] * sn
     value = tl.load(at, mask=(channel < C)[:, None] & (token < N)[None, :], other=0.0).to(tl.float32)
     length = tl.sqrt(tl.sum(value * value, 0))
-    zero = length <= 1e-12
-    return (value / (length + zero)[None, :] if NORMALIZE else value), tl.where(zero, 0.0, 1 / (length + zero))
+    length += length <= 1e-12
+    return (value / length[None, :] if NORMALIZE else value), 1 / length
 
 
 @triton.jit
@@ -55,8 +55,8 @@ def grams(
             first, _ = _units(s, image, own, token, s_b, s_n, s_c, C, N, False)
             second, _ = _units(t, image, own, token, t_b, t_n, t_c, C, N, False)
             if NORMALIZE:
-                first *= tl.where(first_scale == 0, 1.0, first_scale)[None, :]
-                second *= tl.where(second_scale == 0, 1.0, second_scale)[None, :]
+                first *= first_scale[None, :]
+                second *= second_scale[None, :]
             mine, less = _near(first + second, ROUND), _near(first - second, ROUND)
         sums = tl.dot(mine, tl.trans(total), sums, input_precision="tf32")
         gaps = tl.dot(less, tl.trans(gap), gaps, input_precision="tf32")
@@ -86,8 +86,7 @@ def gradient(
         second, _ = _units(t, image, channel, token, t_b, t_n, t_c, C, N, NORMALIZE)
         found = tl.dot(by_sum, _near(first + second, ROUND), input_precision="tf32")
         found = tl.dot(by_gap, _near(first - second, ROUND), found, input_precision="tf32")
-        if NORMALIZE:  # a zero token was divided by 1
-            along = tl.where(scale == 0, 0.0, tl.sum(first * found, 0))
-            found = (found - first * along[None, :]) * tl.where(scale == 0, 1.0, scale)[None, :]
+        if NORMALIZE:
+            found = (found - first * tl.sum(first * found, 0)[None, :]) * scale[None, :]
         at = out + image.to(tl.int64) * o_b + channel[:, None] * o_c + token[None, :] * o_n
         tl.store(at, found.to(out.dtype.element_ty), mask=(channel < C)[:, None] & (token < N)[None, :])

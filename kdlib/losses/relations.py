@@ -21,9 +21,9 @@ class GramRelation(Loss):
     ``‖SSᵀ − TTᵀ‖² = (⟨AᵀA, DᵀD⟩ + ⟨AᵀD, DᵀA⟩) / 2``,
 
     every summand of which vanishes with ``D``, so nothing cancels as the student comes close. With ``C ≠ C'`` the Grams
-    are compared as written, or it is ``‖SᵀS‖² + ‖TᵀT‖² − 2 ‖SᵀT‖²``. On a GPU whose float32 products may be TF32
-    (``torch.set_float32_matmul_precision("high")``), tokens of at most 128 channels are read once, by Triton kernels;
-    that form is differentiable once.
+    are compared as written, or it is ``‖SᵀS‖² + ‖TᵀT‖² − 2 ‖SᵀT‖²``. On a Hopper GPU where float32 products may be
+    TF32 (``torch.set_float32_matmul_precision("high")``), tokens of at most 128 channels are read once, by Triton
+    kernels; that form is differentiable once.
 
     Args:
         normalize: tokens are scaled to unit length first, so that the relation is their cosine.
