@@ -7,7 +7,6 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
-from typing import Literal
 
 import torch
 from accelerate import Accelerator
@@ -22,7 +21,7 @@ from .recipe import Recipe, build, weights
 from .teacher import Teacher
 from .training import faults, runfolder, sharding, tracking
 from .training.evaluation import evaluate
-from .training.place import start
+from .training.place import channels_last, start
 from .training.ranks import on_main
 from .training.train import Training
 
@@ -110,14 +109,6 @@ def _make(ready: Ready, accelerator: Accelerator) -> Outcome:
             teachers[name] = Outcome(spec.name, recipe.output, member, ready.data, measured, accelerator)
     outcome.seconds = outcome.seconds or perf_counter() - began
     return outcome
-
-
-def channels_last(asked: bool | Literal["auto"], student: torch.nn.Module, accelerator: Accelerator) -> bool:
-    """What the key of a recipe means here."""
-    if asked != "auto":
-        return asked
-    convolutions = [module for module in student.modules() if isinstance(module, torch.nn.Conv2d)]
-    return accelerator.device.type == "cuda" and not accelerator.is_fsdp2 and len(convolutions) > 1
 
 
 def _train(ready: Ready, accelerator: Accelerator) -> tuple[dict[str, float], torch.nn.Module, torch.nn.Module | None]:

@@ -22,6 +22,7 @@ from kdlib import runs
 from kdlib.config import ConfigError, read
 from kdlib.recipe import Recipe, load
 from kdlib.training import checkpoint
+from kdlib.training.place import channels_last
 from recipes.riformer.convert import convert
 from tests.conftest import ROOT
 
@@ -466,5 +467,5 @@ def test_several_processes_that_do_not_know_of_each_other_are_refused(
 def test_convolutions_get_their_layout_on_a_gpu(student: str, device: str, fsdp: bool, expected: bool) -> None:
     accelerator: Any = SimpleNamespace(device=torch.device(device), is_fsdp2=fsdp)
     net = timm.create_model(student)
-    assert runs.channels_last("auto", net, accelerator) == expected
-    assert all(runs.channels_last(asked, net, accelerator) == asked for asked in (True, False))
+    assert channels_last("auto", net, accelerator) == expected
+    assert all(channels_last(asked, net, accelerator) == asked for asked in (True, False))

@@ -13,6 +13,7 @@ from pathlib import Path
 from ..progress import bar, say
 from ..recipe import Recipe, load_children
 from ..training import runfolder
+from ..training.place import cores
 from .paired import Mean, difference, mean
 from .rows import Key, Study
 
@@ -87,7 +88,7 @@ def gather(study: Study, planned: Mapping[Key, Recipe], failed: Mapping[str, str
 
 def _pool(jobs: int) -> ProcessPoolExecutor:
     """Processes of which each compiles, if it does, on its share of the cores; by itself it would take all."""
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, cores() // jobs)))
     return ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"))
 
 

@@ -1,8 +1,9 @@
-"""Where a run takes place: the launch is checked, accelerate started, threads and precision of products set."""
+"""Where a run takes place: the launch is checked, accelerate started, threads, precision of products and layout set."""
 
 from __future__ import annotations
 
 import os
+from typing import Literal
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
@@ -55,10 +56,18 @@ def start(recipe: Recipe) -> Accelerator:
     torch.set_float32_matmul_precision("high" if recipe.tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = recipe.tf32
     if recipe.threads or (accelerator.device.type == "cpu" and world == 1):
-        torch.set_num_threads(recipe.threads or _cores())  # accelerate launch leaves one thread on a CPU
+        torch.set_num_threads(recipe.threads or cores())  # accelerate launch leaves one thread on a CPU
     return accelerator
 
 
-def _cores() -> int:
+def channels_last(asked: bool | Literal["auto"], student: torch.nn.Module, accelerator: Accelerator) -> bool:
+    """What the key of a recipe means here."""
+    if asked != "auto":
+        return asked
+    convolutions = [module for module in student.modules() if isinstance(module, torch.nn.Conv2d)]
+    return accelerator.device.type == "cuda" and not accelerator.is_fsdp2 and len(convolutions) > 1
+
+
+def cores() -> int:
     """Cores that this process may use; a container often has fewer than the machine."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
