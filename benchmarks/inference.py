@@ -50,8 +50,8 @@ def main() -> None:
     if not given.cpu and not torch.cuda.is_available():
         parser.error("no GPU here: give --cpu")
     device = torch.device("cpu" if given.cpu else "cuda")
-    half = ("fp32", "contiguous") if given.cpu else ("bf16", "channels_last")
-    settings = [Setting(mode, *half) for mode in (("eager",) if given.cpu else ("compiled", "eager"))]
+    how = ("fp32", "contiguous") if given.cpu else ("bf16", "channels_last")
+    settings = [Setting(mode, *how) for mode in (("eager",) if given.cpu else ("compiled", "eager"))]
     reports = [
         throughput.measure(
             group, device, settings=settings, batch=8 if given.cpu else 128, pixels=64 if given.cpu else None,

@@ -30,8 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from contestants import kdlib_parts
-from step import kernels_of
-from work import Step, about, busy, train, works
+from work import Step, about, busy, kernels_of, train, works
 
 from kdlib.training import compiling
 

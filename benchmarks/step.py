@@ -40,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import peers
 from contestants import OURS, Build, contestants, modes
-from work import Step, Work, about, busy, works
+from work import Step, Work, about, busy, kernels_of, works
 
 MODES = ("eager", "default", "reduce-overhead", "graphs", "compiled-graphs")
 Row = dict[str, Any]
@@ -205,24 +205,6 @@ def time_of(step: Step, repeats: int, work: Work) -> tuple[float, float]:
         torch.cuda.synchronize()
     wall = 1e3 * (time.perf_counter() - began) / repeats
     return wall, wall if cuda else 1e3 * (time.process_time() - worked) / repeats
-
-
-def kernels_of(step: Step, steps: int = 3, longest: int = 40) -> dict[str, Any]:
-    """What ran on the GPU in a step: how many kernels, their milliseconds, and those that took most of them."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
-        for _ in range(steps):
-            step()
-        torch.cuda.synchronize()
-    taken: dict[str, list[float]] = {}
-    for event in seen.events() or ():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
-            taken.setdefault(event.name, []).append(event.device_time / 1e3)
-    named = sorted(((sum(each) / steps, len(each) / steps, name) for name, each in taken.items()), reverse=True)
-    return {
-        "ms": round(sum(ms for ms, _, _ in named), 3),
-        "count": round(sum(times for _, times, _ in named)),
-        "longest": [f"{ms:.3f} ms, {times:g} x {name[:120]}" for ms, times, name in named[:longest]],
-    }
 
 
 def table(rows: list[Row]) -> str:

@@ -91,6 +91,24 @@ def train(
     return step
 
 
+def kernels_of(step: Step, steps: int = 3, longest: int = 40) -> dict[str, Any]:
+    """What ran on the GPU in a step: how many kernels, their milliseconds, and those that took most of them."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+        for _ in range(steps):
+            step()
+        torch.cuda.synchronize()
+    taken: dict[str, list[float]] = {}
+    for event in seen.events() or ():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            taken.setdefault(event.name, []).append(event.device_time / 1e3)
+    named = sorted(((sum(each) / steps, len(each) / steps, name) for name, each in taken.items()), reverse=True)
+    return {
+        "ms": round(sum(ms for ms, _, _ in named), 3),
+        "count": round(sum(times for _, times, _ in named)),
+        "longest": [f"{ms:.3f} ms, {times:g} x {name[:120]}" for ms, times, name in named[:longest]],
+    }
+
+
 def about(cpu: bool, **more: Any) -> dict[str, Any]:
     """What a reader must know to judge a time."""
     threads = torch.get_num_threads()
