@@ -96,7 +96,7 @@ HELP = [
     "python recipes/riformer/measure/receptive_field.py runs/riformer --out field.json",
     "python recipes/riformer/measure/affine_scales.py runs/riformer runs/other --out scales.json",
     "python benchmarks/step.py --budget 540 --jobs 6 --out benchmarks/results/step.json",
-    "python benchmarks/step.py --cpu --rounds 60 --out benchmarks/results/step_cpu.json",
+    "python benchmarks/step.py --cpu --rounds 60 --who floor 'by hand' kdlib --out benchmarks/results/step_cpu.json",
     "python benchmarks/scaling.py --processes 1 2 --out benchmarks/results/scaling.json",
     "kdlib shards /data/set train='train-*.tar' …",
     "kdlib shards /data/set train='train-*.tar' validation='val-*.tar' --classes names.txt",
