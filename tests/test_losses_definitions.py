@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from functools import partial
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from losses_plain import PLAIN
 
 from kdlib import losses
 from kdlib.losses import LOSSES
+from kdlib.losses.algebra import unit
 
 torch.set_num_threads(1)
 
@@ -171,8 +173,33 @@ def test_half_precision_features_lose_nothing_but_their_rounding(dtype):
     torch.testing.assert_close(FeatureMSE()(student, seen), value)
 
 
-def test_the_gap_of_token_grams_may_be_differentiated_twice():
-    from kdlib.losses.algebra import gram_gap
+@pytest.mark.parametrize("normalize", [True, False])
+def test_the_gap_of_token_grams_may_be_differentiated_twice(normalize):
+    from kdlib.losses.token_gap import gram_gap
 
     given = [torch.randn(2, 5, 4, dtype=torch.float64, requires_grad=True) for _ in range(2)]
-    assert torch.autograd.gradcheck(gram_gap, given) and torch.autograd.gradgradcheck(gram_gap, given)
+    compute = partial(gram_gap, normalize=normalize)
+    assert torch.autograd.gradcheck(compute, given) and torch.autograd.gradgradcheck(compute, given)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_relation_of_half_precision_tokens_loses_nothing_but_their_rounding(dtype, normalize):
+    """Even under autocast: an exact value, a gradient rounded once. A zero token does no harm."""
+    student, teacher = torch.randn(2, 3, 10, 16).to(dtype)
+    student[0, 0], teacher[1, 2] = 0, 0
+    exact, student = student.double().requires_grad_(), student.requires_grad_()
+    loss = losses.GramRelation(normalize)
+    u, v = (unit(x) if normalize else x for x in (exact, teacher.double()))
+    plain = (u @ u.mT - v @ v.mT).square().mean()
+    with torch.autocast("cpu", torch.bfloat16):
+        value = loss(student, teacher)
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value.double(), plain, rtol=1e-5, atol=0)
+    (gradient,), (by_definition,) = torch.autograd.grad(value, student), torch.autograd.grad(plain, exact)
+    assert gradient.dtype == dtype
+    away = torch.linalg.vector_norm(gradient.double() - by_definition) / torch.linalg.vector_norm(by_definition)
+    assert away < torch.finfo(dtype).eps
+    with torch.inference_mode():
+        seen = teacher.clone()
+    torch.testing.assert_close(loss(student, seen), value)

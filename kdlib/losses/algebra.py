@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import token_gap
+
 
 def unit(x: Tensor, dim: int | tuple[int, int] = -1, eps: float = 1e-12) -> Tensor:
     """``x`` at unit length along ``dim``; a zero vector stays zero and has a gradient of ordinary size."""
@@ -72,46 +74,17 @@ def may_be_kept(x: Tensor) -> bool:
 
 
 def gram_gap(s: Tensor, t: Tensor) -> Tensor:
-    """``Σ ‖SSᵀ − TTᵀ‖²`` over a batch of ``(…, N, C)`` and ``(…, N, C')``, in the cheapest of its exact forms.
-
-    Where ``C = C'``, it is ``‖M + Mᵀ‖² / 4`` with ``M = (S + T)(S − T)ᵀ``: nothing cancels as the two come close.
-    """
+    """``Σ ‖SSᵀ − TTᵀ‖²`` over a batch of ``(…, N, C)`` and ``(…, N, C')``, in the cheapest of its exact forms."""
     n, c_s, c_t = s.shape[-2], s.shape[-1], t.shape[-1]
+    if token_gap.serves(s, t):
+        return token_gap.gram_gap(s, t)
     if c_s == c_t:
-        if n <= 3 * c_s:
-            return _TokenGap.apply(s, t)
         total, gap = s + t, s - t
         crossed = total.mT @ gap
         return ((total.mT @ total) * (gap.mT @ gap) + crossed * crossed.mT).sum() / 2
     if n * (c_s + c_t) <= c_s * c_s + c_t * c_t + c_s * c_t:
         return (s @ s.mT - t @ t.mT).square().sum()
     return (s.mT @ s).square().sum() + (t.mT @ t).square().sum() - 2 * (s.mT @ t).square().sum()
-
-
-class _TokenGap(torch.autograd.Function):
-    """``Σ ‖SSᵀ − TTᵀ‖²`` by one product of tokens with tokens, and its gradient ``4 (SSᵀ − TTᵀ) S`` by another.
-
-    What autograd makes of the forward pass are two products and their sum, one of them transposed in memory.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, s: Tensor, t: Tensor) -> Tensor:
-        twice = _twice_the_gap(s, t)
-        ctx.save_for_backward(s, t, twice)
-        return twice.square().sum() / 4
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        s, t, twice = ctx.saved_tensors
-        if torch.is_grad_enabled():  # it is to be differentiated once more
-            twice = _twice_the_gap(s, t)
-        by_s = 2 * grad * (twice @ s) if ctx.needs_input_grad[0] else None
-        return by_s, -2 * grad * (twice @ t) if ctx.needs_input_grad[1] else None
-
-
-def _twice_the_gap(s: Tensor, t: Tensor) -> Tensor:
-    m = (s + t) @ (s - t).mT
-    return m + m.mT
 
 
 def pool_to(x: Tensor, height: int, width: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -17,6 +18,7 @@ View = Literal["logits", "embedding", "tokens", "map", "raw"]
 Need = Literal["teacher", "labels", "indices"]
 ORDER: tuple[Need, ...] = ("teacher", "labels", "indices")
 Compute = TypeVar("Compute", bound=Callable[..., Tensor])
+HALF = (torch.bfloat16, torch.float16)
 
 
 class Loss(nn.Module):
@@ -149,16 +151,21 @@ def full_precision(forward: Compute) -> Compute:
         first = student[0] if isinstance(student, (list, tuple)) and student else student
         if not first.numel():
             raise ValueError(f"{type(self).__name__} is given an empty batch, of shape {tuple(first.shape)}")
-        device = "cpu" if first.device.type == "meta" else first.device.type  # meta has no autocast to turn off
         dtype = torch.promote_types(first.dtype, torch.float32)
         detach = not getattr(self, "follows_teacher", False)
         student, given = _lift(student, dtype), [_lift(x, dtype, detach) for x in against]
-        if not torch.is_autocast_enabled(device):  # to enter the context takes longer than many a loss
-            return forward(self, student, *given)
-        with torch.autocast(device, enabled=False):
+        with autocast_off(first.device):
             return forward(self, student, *given)
 
     return wrapped  # type: ignore[return-value]
+
+
+def autocast_off(device: torch.device) -> AbstractContextManager[Any]:
+    """A context in which products have the precision of their factors."""
+    kind = "cpu" if device.type == "meta" else device.type  # meta has no autocast to turn off
+    if not torch.is_autocast_enabled(kind):  # to enter the context takes longer than many a loss
+        return nullcontext()
+    return torch.autocast(kind, enabled=False)
 
 
 def _lift(x: Any, dtype: torch.dtype, detach: bool = False) -> Any:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .algebra import channel_axis, cosine_gap, half_mean_square, may_be_kept, mean_square, pooled, unit
-from .base import Loss, full_precision
+from .base import HALF, Loss, full_precision
 from .checks import check_alike, check_choice
 
 
@@ -44,7 +43,7 @@ class FeatureMSE(Loss):
         self.normalize = normalize
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        half = student.dtype in (torch.bfloat16, torch.float16) and student.numel() > 0
+        half = student.dtype in HALF and student.numel() > 0
         if half and self.normalize is None and may_be_kept(teacher):
             check_alike(self, student, teacher, "any")
             return half_mean_square(student, teacher.detach())

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from . import fused_gram
-from .algebra import gram_gap, unit
-from .base import Loss, full_precision
+from . import fused_gram, token_gap
+from .algebra import gram_gap, may_be_kept, unit
+from .base import HALF, Loss, autocast_off, full_precision
 
 
 class GramRelation(Loss):
@@ -52,12 +52,20 @@ class GramRelation(Loss):
                 f"{tuple(teacher.shape)}; an adapter that resizes the grid, or another tap, brings them together"
             )
         images, n, _ = student.shape
+        half = student.dtype in HALF and student.numel() > 0 and may_be_kept(teacher)
         if fused_gram.serves(student, teacher):  # which reads any precision, and computes in float32
-            return fused_gram.gram_gap(student, teacher, self.normalize) / (images * n * n)
-        return self._plain(student, teacher) / (images * n * n)
+            total = fused_gram.gram_gap(student, teacher, self.normalize)
+        elif half and token_gap.serves(student, teacher):  # likewise
+            with autocast_off(student.device):
+                total = token_gap.gram_gap(student, teacher.detach(), self.normalize)
+        else:
+            total = self._plain(student, teacher)
+        return total / (images * n * n)
 
     @full_precision
     def _plain(self, student: Tensor, teacher: Tensor) -> Tensor:
+        if token_gap.serves(student, teacher):
+            return token_gap.gram_gap(student, teacher, self.normalize)
         if self.normalize:
             student, teacher = unit(student), unit(teacher)
         return gram_gap(student, teacher)
