@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -58,6 +61,21 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
         for parameter in model.parameters():
             parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
     return model
+
+
+def interpreted(script: str) -> str:
+    """What a script prints in a process of its own, in which Triton's kernels run on the CPU.
+
+    The script is given the folders to import from as ``{root!r}`` and ``{tests!r}``.
+    """
+    pytest.importorskip("triton")
+    script = script.format(root=str(ROOT), tests=str(ROOT / "tests"))
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    if "only 0-dimensional arrays can be converted to Python scalars" in done.stderr:
+        pytest.skip("this release of Triton interprets no loop beside NumPy from 2.4 on")
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    return done.stdout
 
 
 @pytest.fixture(autouse=True)

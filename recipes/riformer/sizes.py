@@ -24,7 +24,7 @@ SIZES = {
     "m36": Size((6, 6, 18, 6), (96, 192, 384, 768), 1e-6, crop_pct=0.95),
     "m48": Size((8, 8, 24, 8), (96, 192, 384, 768), 1e-6, crop_pct=0.95),
     "nano": Size((2, 2), (48, 96), 0.1, image_size=28, crop_pct=1.0),
-    "micro": Size((2, 2, 6, 2), (32, 64, 160, 256), 0.1, image_size=64, crop_pct=1.0),
+    "micro": Size((2, 2, 6, 2), (32, 64, 160, 256), 1e-5, image_size=64, crop_pct=1.0),
 }
 VARIANTS = ("s12", "s24", "s36", "m36", "m48")
 """The papers' sizes: what `variant` of `riformer`, `riformer_micro` and their relatives may be."""
