@@ -7,6 +7,8 @@ PYTHONPATH=. python docs/make_riformer.py --check    # fails if the tables are n
 from __future__ import annotations
 
 import sys
+from functools import partial
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -30,50 +32,66 @@ def _result(name: str) -> dict[str, Any]:
     return found
 
 
-def ladder_results() -> Results:
-    """The stored study as the object that draws itself."""
-    found = _result("ladder_5k_plain")
+def study_results(name: str) -> Results:
+    """A stored study as the object that draws itself."""
+    found = _result(name)
     study = Study(found["title"], {}, found["against"], tuple(found["gap"]))
     return Results(study, {row: {int(seed): v for seed, v in of.items()} for row, of in found["top1"].items()})
 
 
-def ladder() -> str:
-    found, results = _result("ladder_5k_plain"), ladder_results()
-    lines = []
-    for name, own, gain, _ in results.summary():
-        seeds = " ".join(f"{value:.2f}" for _, value in sorted(results.top1[name].items()))
-        lines.append((name, f"{own.mean:.2f} ± {own.sd:.2f}", *_gain(gain), results.study.against.get(name, ""), seeds))
+def _about(found: dict[str, Any]) -> str:
+    return f"{found['device']}, torch {found['torch']}, {found['date']}: `{found['command']}`."
+
+
+def _seeds(of: dict[int, float], seeds: int) -> str:
+    return " ".join(f"{of[seed]:.2f}" if seed in of else "-" for seed in range(seeds))
+
+
+def _number_of_seeds(results: Results) -> int:
+    return 1 + max(seed for of in results.top1.values() for seed in of)
+
+
+def compared(name: str) -> str:
+    """Each row against the one that its study compares it with, seed by seed."""
+    found, results = _result(name), study_results(name)
+    seeds, lines = _number_of_seeds(results), []
+    for row, own, gain, _ in results.summary():
+        other = results.study.against.get(row, "")
+        lines.append((row, _mean(own), *_gain(gain), other, _seeds(results.top1[row], seeds)))
+    heads = ("row", "top-1 %, mean ± sd", "paired difference", "95 % interval", "compared with", f"seeds 0 to {seeds - 1}")
     lacking = [row for row in found["against"] if row not in found["top1"]]
-    about = (
-        f"{found['device']}, torch {found['torch']}, {found['date']}, {found['seconds']:.0f} s: `{found['command']}`."
-    )
-    heads = ("row", "top-1 %, mean ± sd", "paired difference", "95 % interval", "compared with", "seeds 0 to 4")
-    return f"{about}\n\n{table(heads, lines)}\n\nNot reached: {', '.join(f'`{row}`' for row in lacking)}."
+    end = f"\n\nNot reached: {', '.join(f'`{row}`' for row in lacking)}." if lacking else ""
+    return f"{_about(found)}\n\n{table(heads, lines)}{end}"
 
 
-def imitation() -> str:
-    """The rows that were finished, each against labels alone and against its own seed's logit teacher."""
-    found = _result("imitation_5k")
-    top1 = {row: {int(seed): float(value) for seed, value in of.items()} for row, of in found["top1"].items()}
-    labels, teacher = top1["labels"], next(of for row, of in top1.items() if row.startswith("teacher wide"))
-    lines = []
+def imitation(name: str) -> str:
+    """Each row against labels alone, against soft targets alone and against its own seed's logit teacher."""
+    found, results = _result(name), study_results(name)
+    seeds, top1, lines = _number_of_seeds(results), results.top1, []
+    others = [top1["labels"], top1["soft"], next(of for row, of in top1.items() if row.startswith("teacher wide"))]
     for row, of in top1.items():
-        own, student = mean(list(of.values())), not row.startswith("teacher")
-        over = [_gain(difference(of, other) if student and other is not of else None) for other in (labels, teacher)]
-        seeds = " ".join(f"{of[seed]:.2f}" if seed in of else "-" for seed in range(5))
-        lines.append((row, f"{own.mean:.2f} ± {own.sd:.2f}", *over[0], *over[1], seeds))
-    heads = ("row", "top-1 %, mean ± sd", "over labels", "95 % interval", "over the logit teacher", "95 % interval",
-             "seeds 0 to 4")  # fmt: skip
-    about = (
-        f"{found['device']}, torch {found['torch']}, {found['date']}, cut off after {found['seconds']:.0f} s: "
-        f"`{found['command']}`."
-    )
-    return f"{about}\n\n{table(heads, lines)}"
+        plain = row.startswith("teacher")
+        over = [_interval(None if plain or other is of else difference(of, other)) for other in others]
+        lines.append((row, _mean(mean(list(of.values()))), *over, _seeds(of, seeds)))
+    heads = ("row", "top-1 %, mean ± sd", "over labels", "over soft", "over the logit teacher", f"seeds 0 to {seeds - 1}")
+    return f"{_about(found)}\n\n{table(heads, lines)}"
+
+
+def _mean(own: Mean) -> str:
+    return f"{own.mean:.2f} ± {own.sd:.2f}" if own.n > 1 else f"{own.mean:.2f}"
+
+
+def _interval(gain: Mean | None) -> str:
+    """A mean difference with its interval, in bold where that leaves out zero."""
+    if gain is None or not isfinite(gain.half):
+        return "" if gain is None else f"{gain.mean:+.2f}"
+    text = f"{gain.mean:+.2f} ({gain.mean - gain.half:+.2f} … {gain.mean + gain.half:+.2f})"
+    return f"**{text}**" if abs(gain.mean) > gain.half else text
 
 
 def _gain(gain: Mean | None) -> tuple[str, str]:
-    if gain is None:
-        return "", ""
+    if gain is None or not isfinite(gain.half):
+        return "" if gain is None else f"{gain.mean:+.2f}", ""
     return f"{gain.mean:+.2f}", f"{gain.mean - gain.half:+.2f} … {gain.mean + gain.half:+.2f}"
 
 
@@ -99,15 +117,6 @@ def nano() -> str:
     return f"{about}\n\n{table(heads, lines)}"
 
 
-def sixty() -> str:
-    found = _result("riformer_nano_60k")
-    lines = [(row["setting"], *(f"{row[who]:.2f}" for who in ("wide", "twin", "baseline", "student")))
-             for row in found["rows"]]  # fmt: skip
-    about = f"{found['device']}, torch {found['torch']}, {found['date']}, {found['note']}."
-    heads = ("setting", "logit teacher", "imitation teacher", "labels alone", "student")
-    return f"{about}\n\n{table(heads, lines)}"
-
-
 def throughput() -> str:
     found = _result("throughput")
     lines = [(r["model"], r["against"], f"{r['ratio']:.2f}", f"{r['paper']:.2f}",
@@ -117,9 +126,17 @@ def throughput() -> str:
     return f"{about}\n\n{table(('model', 'against', 'times as fast', 'paper', 'goal here'), lines)}"
 
 
-TABLES = {"ladder": ladder, "imitation": imitation, "nano": nano, "sixty": sixty, "throughput": throughput}
+TABLES = {
+    "ladder": partial(compared, "ladder_5k"),
+    "beginning": partial(compared, "beginning_5k"),
+    "imitation": partial(imitation, "imitation_5k"),
+    "thousand": partial(imitation, "imitation_1k"),
+    "sixty": partial(imitation, "imitation_60k"),
+    "nano": nano,
+    "throughput": throughput,
+}
 
 if __name__ == "__main__":
     main(PAGE, TABLES)
     if "--check" not in sys.argv:
-        show.plot(ladder_results(), PLOT)
+        show.plot(study_results("ladder_5k"), PLOT)

@@ -18,7 +18,7 @@ import torch
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 
-from kdlib.training import checkpoint
+from kdlib.training import checkpoint, sharding
 from kdlib.training.checkpoint import MANIFEST, TENSORS, TREE, load_latest, save, save_weights, write_json
 from kdlib.training.randomness import random_state, set_random_state
 from tests.conftest import ROOT
@@ -290,7 +290,7 @@ def test_a_write_that_fails_leaves_what_was_there_and_no_draft(
 FULL_DISK = """
 import sys, torch
 from pathlib import Path
-from kdlib.training import checkpoint
+from kdlib.training import checkpoint, sharding
 folder = Path(sys.argv[1])
 checkpoint.save(folder, 8, {"x": torch.zeros(100)})
 import resource, signal
@@ -325,6 +325,41 @@ def test_a_draft_that_a_killed_process_left_is_removed_by_the_next_save(tmp_path
     (tmp_path / ".tmp-8-123" / TENSORS).write_bytes(b"half")
     save(tmp_path, 8, {})
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000008"]
+
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_an_optimizers_state_comes_back_in_its_parameters_order_of_memory(device: str, tmp_path: Path) -> None:
+    """A fused AdamW takes no step with a state that lies otherwise than a channels_last weight."""
+    torch.manual_seed(0)
+    images = torch.randn(2, 3, 8, 8, device=device).contiguous(memory_format=torch.channels_last)
+
+    def begun() -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(1)
+        net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1), nn.Flatten(), nn.LazyLinear(2)).to(device)
+        net(images)
+        net.to(memory_format=torch.channels_last)
+        return net, torch.optim.AdamW(net.parameters(), fused=device == "cuda")
+
+    def step(net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        net(images).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    (net, optimizer), (again, other) = begun(), begun()
+    step(net, optimizer)
+    save(tmp_path, 1, {"optimizer": optimizer.state_dict(), "net": net.state_dict()})
+    loaded = load_latest(tmp_path)
+    assert loaded is not None
+    again.load_state_dict(loaded[1]["net"])
+    sharding.load_optimizer(other, loaded[1]["optimizer"])
+    for parameter, values in other.state.items():
+        assert values["exp_avg"].stride() == values["exp_avg_sq"].stride() == parameter.stride()
+    step(net, optimizer)
+    step(again, other)
+    assert all(map(torch.equal, net.parameters(), again.parameters()))
 
 
 def test_weights_of_tied_and_strided_tensors_are_saved(tmp_path: Path) -> None:

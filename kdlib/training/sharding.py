@@ -211,10 +211,20 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -
     """``load_state_dict`` of whole tensors."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     held = {
-        i: {k: pieces(v, parameters[i]) if isinstance(v, Tensor) else v for k, v in values.items()}
+        i: {k: _beside(v, parameters[i]) if isinstance(v, Tensor) else v for k, v in values.items()}
         for i, values in state["state"].items()
     }
     optimizer.load_state_dict({**state, "state": held})
+
+
+def _beside(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """An optimizer's tensor, sharded as its parameter is, or in the parameter's order of memory.
+
+    A file has lost that order, and a fused optimizer refuses what is in another one than its parameter.
+    """
+    if isinstance(parameter, DTensor) or tensor.shape != parameter.shape:
+        return pieces(tensor, parameter)
+    return torch.empty_like(parameter, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
 def fill(copy: nn.Module, sharded: nn.Module) -> nn.Module:
