@@ -26,6 +26,9 @@ class ConfigError(ValueError):
         self.lines = [_printable(line) for line in lines]
         super().__init__("\n".join(self.lines))
 
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[list[str]]]:
+        return type(self), (self.lines,)  # by itself it would be made anew from its text, letter by letter
+
 
 def _printable(line: str) -> str:
     """The line with its control characters written out, so that a hostile name neither hides nor breaks it."""

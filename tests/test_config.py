@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import random
 import time
 from pathlib import Path
@@ -364,3 +365,10 @@ def test_no_mutated_document_gives_anything_but_a_recipe_or_lines(tmp_path: Path
             bad = []
         assert not bad
     assert recipes and refused > 50
+
+
+def test_an_error_comes_whole_from_another_process() -> None:
+    """A study's runs are processes, and what one raises is told by the study."""
+    error = ConfigError(["a.yaml: epochs: expected a number", "b.yaml: no such file"])
+    again = pickle.loads(pickle.dumps(error))
+    assert again.lines == error.lines and str(again) == str(error)
