@@ -104,10 +104,10 @@ HELP = [
     f"{STUDY} beginning --data fashion_mnist_5k --seeds 5 {GRAPHS}",
     f"{STUDY} imitation --data fashion_mnist_5k --seeds 5 {GRAPHS}",
     f"{STUDY} imitation --data fashion_mnist_5k --seeds 5 --out runs/studies/imitation-1k {GRAPHS} data.limit=1000 "
-    "epochs=100",
-    f"{STUDY} imitation --data fashion_mnist --seeds 3 --rows soft 'whole run, λ of the paper' 'initial weights, soft' "
-    f"{GRAPHS}",
-    f"{STUDY} ladder --data fashion_mnist_5k --seeds 3 --out runs/studies/ladder-crops {GRAPHS}",
+    "epochs=100 teachers.wide.recipe.epochs=100 teachers.twin.recipe.epochs=100",
+    f"{STUDY} imitation --data fashion_mnist --seeds 3 --rows labels soft 'whole run, λ of the paper' "
+    f"'initial weights, soft' {GRAPHS}",
+    f"{STUDY} ladder --data fashion_mnist_5k --seeds 5 {GRAPHS}",
 ]
 """A GPU, a download, an upload, or runs that the page does not make: ``--help``, in which their options must be."""
 

@@ -133,7 +133,13 @@ def measure_one(each: trained.Trained, loader: data.Loader, count: int, stage: i
 
 
 def measure(
-    sources: list[str], device: torch.device, *, images: int = 256, stage: int = -1, said: list[str] | None = None
+    sources: list[str],
+    device: torch.device,
+    *,
+    images: int = 256,
+    stage: int = -1,
+    said: list[str] | None = None,
+    labels: list[str] | None = None,
 ) -> tool.Report:
     """The receptive fields of the models in run folders and weight files, on test images of one data set.
 
@@ -143,10 +149,15 @@ def measure(
         stage: the stage whose output is looked at, -1 for the last.
         said: the data set as ``key=value`` of ``kdlib.data.load``; else that of the first run folder, else the embedded
             images.
+        labels: what each ``NAME=FILE`` is called, in their order; else its NAME.
 
     Raises:
-        ValueError: a source, data set or stage that does not fit.
+        ValueError: a source, data set, stage or number of labels that does not fit.
     """
+    files = sum("=" in source for source in sources)
+    if labels and len(labels) != files:
+        raise ValueError(f"--labels: {len(labels)} given for {files} sources NAME=FILE; give one each")
+    names = iter(labels or [])
     folders = {source: trained.read_run(Path(source), device) for source in sources if "=" not in source}
     found = next((found for _, found in folders.values()), None)
     if found is None or said:
@@ -154,7 +165,9 @@ def measure(
     models: list[trained.Trained] = []
     for source in sources:
         if "=" in source:
-            models.append(trained.read_weights(source, found.channels, device))
+            read = trained.read_weights(source, found.channels, device)
+            read.label = next(names, read.label)
+            models.append(read)
             continue
         for each in folders[source][0]:
             if any((each.source, each.label) == (other.source, other.label) for other in models):
@@ -249,6 +262,7 @@ def make_parser() -> tool.Parser:
     parser.add_argument(
         "--data", nargs="+", metavar="KEY=VALUE", help="test images of another set, as a recipe's data:"
     )
+    parser.add_argument("--labels", nargs="+", help="a name for each NAME=FILE (default: its NAME)")
     parser.add_argument("--device", help="cpu or cuda (default: the GPU if there is one)")
     return parser
 
@@ -256,8 +270,8 @@ def make_parser() -> tool.Parser:
 def from_arguments(given: argparse.Namespace, _: Callable[[tool.Report], None]) -> tool.Report:
     if not given.sources:
         raise ValueError("name a run folder, or NAME=FILE")
-    device = clock.get_device(given.device)
-    return measure(given.sources, device, images=given.images, stage=given.stage, said=given.data)
+    more = {"images": given.images, "stage": given.stage, "said": given.data, "labels": given.labels}
+    return measure(given.sources, clock.get_device(given.device), **more)
 
 
 if __name__ == "__main__":
