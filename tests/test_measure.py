@@ -206,13 +206,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_fields_of_a_run(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "field.json"
     twin = next(run.parent.glob("metaformer_pool_nano-*")) / runfolder.STUDENT
-    given = (run, f"metaformer_pool_nano={twin}", "--images", 8, "--device", "cpu", "--out", out)
+    given = (run, f"metaformer_pool_nano={twin}", "--labels", "again", "--images", 8, "--device", "cpu", "--out", out)
     assert call("receptive_field", *given) == 0
     report = json.loads(out.read_text())
     rows = {row["model"]: row for row in report["rows"]}
-    everyone = ["student at its start", "baseline", "student", "teacher wide", "teacher twin", "metaformer_pool_nano"]
+    everyone = ["student at its start", "baseline", "student", "teacher wide", "teacher twin", "again"]
     assert list(rows) == everyone and report.keys() >= VERSIONS and report["data"] == "fashion-mnist-5k"
-    assert rows["teacher twin"]["map"] == rows["metaformer_pool_nano"]["map"] != rows["student"]["map"]
+    assert rows["teacher twin"]["map"] == rows["again"]["map"] != rows["student"]["map"]
     assert rows["student at its start"]["map"] != rows["student"]["map"]
     for row in rows.values():
         assert row["images"] == 8 and len(row["map"]) == len(row["map"][0]) == row["pixels"] == 28
@@ -436,6 +436,7 @@ WRONG = [
     ("receptive_field", ["nowhere"], "no run is there"),
     ("receptive_field", ["resnet_nano=x.pth"], "timm knows no such model"),
     ("receptive_field", ["riformer_nano=x.pth"], "no file x.pth"),
+    ("receptive_field", ["riformer_nano=x.pth", "--labels", "a", "b"], "2 given for 1 sources NAME=FILE"),
     ("receptive_field", ["riformer_nano=x.pth", "--data", "folder"], "expected key=value"),
     ("receptive_field", ["riformer_nano=x.pth", "--data", "nme=folder"], "nme"),
     ("affine_scales", [], "name a run folder"),
