@@ -95,6 +95,12 @@ HELP = [
     "python recipes/riformer/measure/latency.py --out vit_latency.json",
     "python recipes/riformer/measure/receptive_field.py runs/riformer --out field.json",
     "python recipes/riformer/measure/affine_scales.py runs/riformer runs/other --out scales.json",
+    "python recipes/riformer/measure/affine_scales.py soft.safetensors imitation.safetensors both.safetensors "
+    "--labels 'soft targets' imitation 'imitation, initial weights' --out scales.json",
+    "python recipes/riformer/measure/receptive_field.py riformer_micro=start.safetensors "
+    "riformer_micro=soft.safetensors riformer_micro=imitation.safetensors riformer_micro=both.safetensors "
+    "--labels 'at the start' 'soft targets' imitation 'imitation, initial weights' "
+    "--data name=fashion-mnist-5k image_size=64 --stage 2 --out field.json",
     "python benchmarks/step.py --budget 540 --jobs 6 --out benchmarks/results/step.json",
     "python benchmarks/step.py --cpu --rounds 60 --who floor 'by hand' kdlib --out benchmarks/results/step_cpu.json",
     "python benchmarks/scaling.py --processes 1 2 --out benchmarks/results/scaling.json",

@@ -138,7 +138,8 @@ def test_latency_leaves_json_and_picture(tmp_path: Path, capsys: pytest.CaptureF
 def test_the_field_of_one_convolution_is_its_kernel() -> None:
     net = nn.Conv2d(3, 4, 3, padding=1)
     nn.init.constant_(net.weight, 0.5)
-    field, centre = receptive_field.receptive_field(net, torch.randn(2, 3, 9, 9))
+    field = receptive_field.receptive_field(net, torch.randn(2, 3, 9, 9))
+    centre = receptive_field.middle(field)
     expected = torch.zeros(9, 9, dtype=torch.float64)
     expected[3:6, 3:6] = 4 * 0.5 * 2  # output channels, weight, images
     torch.testing.assert_close(field, expected)
@@ -149,10 +150,21 @@ def test_the_field_of_one_convolution_is_its_kernel() -> None:
 
 
 def test_the_field_of_the_identity_is_one_pixel() -> None:
-    field, centre = receptive_field.receptive_field(nn.Identity(), torch.randn(3, 1, 7, 7))
+    field = receptive_field.receptive_field(nn.Identity(), torch.randn(3, 1, 7, 7))
+    centre = receptive_field.middle(field)
     assert field.nonzero().tolist() == [[3, 3]] and field[3, 3] == 3
     assert set(receptive_field.shares(field, centre).values()) == {1 / 49}
     assert receptive_field.radius(field, centre) == 0
+
+
+def test_squares_lie_around_what_is_bright() -> None:
+    """A convolution without the padding of its kernel looks beside its cell's middle, which is (5, 5) here."""
+    net = nn.Conv2d(1, 2, 3, stride=2)
+    nn.init.constant_(net.weight, 0.5)
+    field = receptive_field.receptive_field(net, torch.randn(2, 1, 9, 9))
+    assert receptive_field.middle(field) == (5.5, 5.5)
+    assert receptive_field.middle(field + 0.01) == (5.5, 5.5)
+    assert receptive_field.shares(field, (5.5, 5.5))["99%"] == 9 / 81
 
 
 def test_shares_are_of_squares_cut_at_the_border() -> None:
@@ -168,11 +180,11 @@ def test_the_field_of_a_global_filter_is_the_image_unless_it_passes_all() -> Non
     def features(images: Tensor) -> Tensor:
         return mixer(images.flatten(2).mT).mT.unflatten(2, (5, 7))
 
-    field, _ = receptive_field.receptive_field(features, torch.randn(2, 3, 5, 7))
+    field = receptive_field.receptive_field(features, torch.randn(2, 3, 5, 7))
     assert (field > 1e-4 * field.max()).all()
     with torch.no_grad():
         mixer.complex_weight.copy_(torch.tensor([1.0, 0.0]).expand_as(mixer.complex_weight))
-    field, _ = receptive_field.receptive_field(features, torch.randn(2, 3, 5, 7))
+    field = receptive_field.receptive_field(features, torch.randn(2, 3, 5, 7))
     assert (field > 1e-4).nonzero().tolist() == [[2, 3]]
 
 

@@ -21,7 +21,8 @@ def serves(s: Tensor, t: Tensor) -> bool:
 def gram_gap(s: Tensor, t: Tensor, normalize: bool = False) -> Tensor:
     """``Σ ‖SSᵀ − TTᵀ‖²`` over a batch of ``(…, N, C)`` and ``(…, N, C)``, tokens at unit length if asked.
 
-    In float32, or what is more precise, whatever the precision of the two; to be called where autocast is off.
+    In float32, or what is more precise, whatever the precision of the two. To be called, and gone back through, where
+    autocast is off; the two may not be changed in place before the backward pass.
     """
     value: Tensor = _TokenGap.apply(s, t, normalize)
     return value

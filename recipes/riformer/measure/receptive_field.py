@@ -6,7 +6,8 @@ python recipes/riformer/measure/receptive_field.py riformer_s12=a.pth poolformer
 
 The map is the mean over images and channels of |d (sum over channels of the feature's centre) / d pixel|, over its
 largest value (Luo et al., NeurIPS 2016, arXiv 1701.04128). A threshold's number is the share of the image's area that
-the smallest square around the centre needs to hold that share of the map (Ding et al., CVPR 2022, arXiv 2203.06717).
+the smallest square around the middle of the map's bright part needs to hold that share of the map (Ding et al., CVPR
+2022, arXiv 2203.06717).
 """
 
 from __future__ import annotations
@@ -35,15 +36,15 @@ LARGEST = 64
 """Cells a side of the map that is kept; one of a larger image is averaged down."""
 
 
-def receptive_field(features: Callable[[Tensor], Tensor], images: Tensor) -> tuple[Tensor, tuple[float, float]]:
-    """The sum over images of the map of one batch, and where its centre is.
+def receptive_field(features: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """The sum over images of the map of one batch.
 
     Args:
         features: images (B, C, H, W) to maps (B, D, h, w); the models it runs are in eval mode.
         images: (B, C, H, W).
 
     Returns:
-        (H, W) in float64, the mean over C; and (y, x) in pixels of the middle of the cell [h // 2, w // 2].
+        (H, W) in float64, the mean over C, for the cell [h // 2, w // 2].
 
     Raises:
         ValueError: that cell does not depend on the image.
@@ -56,8 +57,20 @@ def receptive_field(features: Callable[[Tensor], Tensor], images: Tensor) -> tup
         (gradient,) = torch.autograd.grad(centre, images, allow_unused=True) if centre.requires_grad else (None,)
     if gradient is None or not gradient.any():
         raise ValueError("the centre of the feature map does not depend on the image; choose another --stage or model")
-    y, x = (height // 2 + 0.5) * images.shape[-2] / height, (width // 2 + 0.5) * images.shape[-1] / width
-    return gradient.double().abs().mean(1).sum(0), (y, x)
+    return gradient.double().abs().mean(1).sum(0)
+
+
+def middle(field: Tensor) -> tuple[float, float]:
+    """(y, x) in pixels of the middle of a field's bright part, to half a pixel: its mean place, weighted by its square.
+
+    Not the middle of the cell: convolutions with less padding than half of their kernel look elsewhere.
+    """
+    weight = field.double().square()
+    places = []
+    for sums in (weight.sum(1), weight.sum(0)):
+        pixels = torch.arange(len(sums), device=field.device) + 0.5
+        places.append(round(2 * float((sums * pixels).sum() / sums.sum())) / 2)
+    return places[0], places[1]
 
 
 def shares(field: Tensor, centre: tuple[float, float]) -> dict[str, float]:
@@ -108,16 +121,16 @@ def measure_one(each: trained.Trained, loader: data.Loader, count: int, stage: i
         maps = net.forward_intermediates(prepared, [stage % stages], output_fmt="NCHW", intermediates_only=True)  # type: ignore[operator]
         return maps[0]
 
-    total, seen, centre = torch.zeros(()), 0, (0.0, 0.0)
+    total, seen = torch.zeros(()), 0
     for images, _ in loader.epoch(0):
         images = images[: count - seen]
         for some in images.split(64):
-            field, centre = receptive_field(features, some)
+            field = receptive_field(features, some)
             total = total.to(field) + field
         seen += len(images)
         if seen == count:
             break
-    side = total.shape[-1]
+    side, centre = total.shape[-1], middle(total)
     cells = total[None] if side <= LARGEST else F.adaptive_avg_pool2d(total[None], side // -(-side // LARGEST))
     shown = (cells[0] / cells.max()).cpu()
     return {
