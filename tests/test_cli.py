@@ -246,8 +246,9 @@ def test_a_killed_process_goes_on_with_the_same_command_and_a_third_call_trains_
     assert other.code == 2 and "runs/r already holds a run with another seed (0 there, 1 here)" in other.err
 
 
-def test_a_pooling_student_is_not_fused(ask, tmp_path: Path) -> None:
-    alone = ["teachers={wide: null, twin: null}", "student={name: metaformer_pool_nano, init: null}", "baseline=null"]
+@pytest.mark.parametrize(("name", "what"), [("metaformer_pool_nano", "PoolFormer"), ("gfnet_h_nano", "as timm makes")])
+def test_a_student_that_mixes_tokens_is_not_fused(name: str, what: str, ask, tmp_path: Path) -> None:
+    alone = ["teachers={wide: null, twin: null}", f"student={{name: {name}, init: null}}", "baseline=null"]
     alone += [f"terms.{name}=null" for name in ("soft", "block", "mixer", "relation")]
     short = [*TINY[:5], "output=runs/pool", "terms.label.loss=cross_entropy"]
     answer = ask(*short, *alone)
@@ -255,4 +256,4 @@ def test_a_pooling_student_is_not_fused(ask, tmp_path: Path) -> None:
     made = {path.name for path in (tmp_path / "runs" / "pool").iterdir()}
     assert "student.safetensors" in made and "student_fused.safetensors" not in made
     card = (tmp_path / "runs" / "pool" / "model_card.md").read_text()
-    assert "PoolFormer" in card and "none, labels alone" in card and "| fused |" not in card
+    assert what in card and "none, labels alone" in card and "| fused |" not in card

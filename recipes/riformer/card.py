@@ -40,7 +40,7 @@ def model_card(recipe: Recipe, outcome: Outcome, rows: Sequence[Row], difference
     own = "the weights fall under the terms of the data and of whatever weights the run began from."
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         name=student.name,
-        what=MIXERS[str(outcome.student.token_mixer)],
+        what=MIXERS.get(str(getattr(outcome.student, "token_mixer", None)), f"{student.name}, as timm makes it."),
         rows="\n".join(_row(row) for row in rows),
         test=f"{data.test.batches.images:,}",
         data=data.name,

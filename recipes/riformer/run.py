@@ -27,8 +27,9 @@ from recipes.riformer.convert import convert  # noqa: E402
 def main(recipe: Recipe) -> None:
     outcome = runs.run(recipe, convert=convert)
     fused, fused_top1, difference = None, None, None
-    if outcome.student.eval().token_mixer != "pool":  # a pooling student reads its neighbours: nothing to fuse
-        fused = model.fuse(outcome.student, level="full")
+    student = outcome.student.eval()
+    if isinstance(student, model.MetaFormer) and student.token_mixer != "pool":  # others read their neighbours
+        fused = model.fuse(student, level="full")
         difference = largest_difference(outcome, fused)
         fused_top1 = evaluate(fused, outcome.data.test, outcome.accelerator)["top1"]
     if outcome.accelerator.is_main_process:
