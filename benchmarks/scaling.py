@@ -9,8 +9,8 @@ everything but the data: both teachers, the student forward and backward, the re
 One process runs without any reduction, on each card in turn (cards_ms) while the others wait; its row is the slowest
 card's. apart_ms is the slowest of n processes at the same time without any reduction: what it is above one process's
 comes from the host that they share, and what n take above it is the reduction's. Efficiency is the time of one process
-over that of n, of_apart that of n without any reduction over it; quartiles are over rounds. Rows are written one by
-one; on GPUs with what ran on the first one in a step.
+over that of n; its quartiles are over rounds. Rows are written one by one; on GPUs with what ran on the first one in a
+step.
 """
 
 from __future__ import annotations
@@ -109,12 +109,6 @@ def spawned(given: argparse.Namespace, processes: int, first: int) -> tuple[list
     return answer
 
 
-def ratios(base: list[float], found: list[float]) -> list[float]:
-    """Quartiles over rounds of the median time of ``base`` over those ``found``."""
-    low, middle, high = statistics.quantiles([statistics.median(base) / each for each in found], n=4)
-    return [round(x, 4) for x in (low, middle, high)]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
@@ -145,12 +139,12 @@ def main() -> None:
         tried = [spawned(given, processes, card) for card in cards]
         apart, found, kernels = max(tried, key=lambda each: statistics.median(each[1]))
         base = base or found
+        low, middle, high = statistics.quantiles([statistics.median(base) / each for each in found], n=4)
         rows.append({
             "work": "whole", "processes": processes, "images": processes * given.batch,
             "ms": round(statistics.median(found), 3), "least": round(min(found), 3),
-            "cards_ms": [round(statistics.median(each), 3) for _, each, _ in tried] if processes == 1 else None,
-            "apart_ms": round(statistics.median(apart), 3),
-            "efficiency": ratios(base, found), "of_apart": ratios(apart, found),
+            "cards_ms": [round(statistics.median(each), 3) for _, each, _ in tried],
+            "apart_ms": round(statistics.median(apart), 3), "efficiency": [round(x, 4) for x in (low, middle, high)],
         })  # fmt: skip
         print(json.dumps(rows[-1]), flush=True)
         if kernels is not None:

@@ -87,14 +87,10 @@ def scaling() -> str:
     if found is None:
         return NOT_YET
     rows = [(str(row["processes"]), row["work"], f"{row['images']:,}", f"{row['ms']:.1f}",
-             f"{row['apart_ms']:.1f}", _of_apart(row), _ratio(row, "efficiency"))
+             f"{row['apart_ms']:.1f}", f"{row['apart_ms'] / row['ms']:.3f}", _ratio(row, "efficiency"))
             for row in found["rows"]]  # fmt: skip
     heads = ("processes", "work", "images a step", "ms", "ms without reduction", "of these", "of one process")
     return f"{about(found)}\n\n{table(heads, rows)}"
-
-
-def _of_apart(row: dict[str, Any]) -> str:
-    return _ratio(row, "of_apart") if "of_apart" in row else f"{row['apart_ms'] / row['ms']:.3f}"
 
 
 def losses() -> str:

@@ -58,14 +58,8 @@ def compared(name: str) -> str:
     for row, own, gain, _ in results.summary():
         other = results.study.against.get(row, "")
         lines.append((row, _mean(own), *_gain(gain), other, _seeds(results.top1[row], seeds)))
-    heads = (
-        "row",
-        "top-1 %, mean ± sd",
-        "paired difference",
-        "95 % interval",
-        "compared with",
-        f"seeds 0 to {seeds - 1}",
-    )
+    last = f"seeds 0 to {seeds - 1}"
+    heads = ("row", "top-1 %, mean ± sd", "paired difference", "95 % interval", "compared with", last)
     return f"{_about(found)}\n\n{table(heads, lines)}"
 
 
@@ -78,14 +72,8 @@ def imitation(name: str) -> str:
         plain = row.startswith("teacher")
         over = [_interval(None if plain or other is of else difference(of, other)) for other in others]
         lines.append((row, _mean(mean(list(of.values()))), *over, _seeds(of, seeds)))
-    heads = (
-        "row",
-        "top-1 %, mean ± sd",
-        "over labels",
-        "over soft",
-        "over the logit teacher",
-        f"seeds 0 to {seeds - 1}",
-    )
+    last = f"seeds 0 to {seeds - 1}"
+    heads = ("row", "top-1 %, mean ± sd", "over labels", "over soft", "over the logit teacher", last)
     return f"{_about(found)}\n\n{table(heads, lines)}"
 
 
