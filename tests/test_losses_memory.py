@@ -97,3 +97,33 @@ def test_what_does_not_fit_is_said_to_and_the_rest_goes_on(monkeypatch, capsys, 
 def test_the_benchmark_knows_the_catalogue():
     assert set(bench.SHAPES) <= set(LOSSES)
     assert all(isinstance(bench.make(name, small=True), nn.Module) for name in LOSSES)
+
+
+@pytest.mark.slow
+def test_a_compiler_keeps_tokens_of_the_relation_in_their_own_precision():
+    """What reaches the backward pass of few half-precision tokens is no float32 copy of them."""
+    from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+    from torch._dynamo.backends.common import aot_autograd
+
+    kept = []
+
+    def forward(graph, _):
+        (answer,) = (node for node in graph.graph.nodes if node.op == "output")
+        kept.extend(node.meta["val"] for node in answer.args[0] if isinstance(node, torch.fx.Node))
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(
+        fw_compiler=forward,
+        bw_compiler=lambda graph, _: make_boxed_func(graph.forward),
+        partition_fn=min_cut_rematerialization_partition,
+    )
+    relation, after = LOSSES["gram_relation"](), torch.randn(16, 16).bfloat16()
+
+    def step(x, teacher):
+        tokens = torch.sin(x).bfloat16()
+        return (tokens @ after).float().sum() + relation(tokens, teacher)  # the next layer reads them, too
+
+    x, teacher = torch.randn(2, 12, 16, requires_grad=True), torch.randn(2, 12, 16).bfloat16()
+    torch.compile(step, backend=backend, fullgraph=True)(x, teacher).backward()
+    kinds = [value.dtype for value in kept if isinstance(value, torch.Tensor) and value.shape == x.shape]
+    assert kinds.count(torch.float32) == 1, "x itself, for the sine"
