@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -125,8 +126,8 @@ def by_hand(work: Work, mode: str | None) -> Step:
     return train(work, hand, loss_of)
 
 
-def by_kdlib(work: Work, mode: str | None) -> Step:
-    teacher, distiller = kdlib_parts(work)
+def by_kdlib(work: Work, mode: str | None, autocast: bool = True) -> Step:
+    teacher, distiller = kdlib_parts(work, autocast)
     if mode in compiling.RECORDED:
         return recorded(work, teacher, distiller, compiling.RECORDED[mode])
     compiling.compile_whole([teacher, distiller], mode)
@@ -159,7 +160,7 @@ def recorded(work: Work, teacher: kd.Teacher, distiller: kd.Distiller, mode: str
     return step
 
 
-def kdlib_parts(work: Work) -> tuple[kd.Teacher, kd.Distiller]:
+def kdlib_parts(work: Work, autocast: bool = True) -> tuple[kd.Teacher, kd.Distiller]:
     """Teacher and distiller of a work's objective."""
     student, last = work.make(work.student), "stages.*.blocks.-1"
     if work.wide is None:
@@ -179,16 +180,20 @@ def kdlib_parts(work: Work) -> tuple[kd.Teacher, kd.Distiller]:
         ]
     terms = list(kd.fit(terms, student, net, work.images[:2]).terms)
     half = torch.bfloat16 if work.images.is_cuda else None
-    teacher = kd.Teacher(net, terms, dtype=half, channels_last=work.layout is torch.channels_last)
+    last = work.layout is torch.channels_last
+    teacher = kd.Teacher(net, terms, dtype=half, autocast=autocast or half is None, channels_last=last)
     return teacher, kd.Distiller(student, terms, dtype=half).to(work.images.device)
 
 
-OURS = ("floor", "by hand", "kdlib")
+PURE = "kdlib, pure bf16"
+"""kdlib with teachers that compute in bf16 throughout, weights and all, instead of under autocast."""
+OURS = ("floor", "by hand", "kdlib", PURE)
 
 
 def contestants(work: str) -> dict[str, Build]:
     """By name; peers have the blocks objective alone, for which they have the parts."""
-    ours: dict[str, Build] = dict(zip(OURS, (floor, by_hand, by_kdlib), strict=True))
+    pure = partial(by_kdlib, autocast=False)
+    ours: dict[str, Build] = dict(zip(OURS, (floor, by_hand, by_kdlib, pure), strict=True))
     if work != "blocks":
         return ours
     peers: dict[str, Build] = {"torchdistill": by_torchdistill, "nvidia-modelopt": by_modelopt}
@@ -197,6 +202,8 @@ def contestants(work: str) -> dict[str, Build]:
 
 def modes(work: str, who: str, cpu: bool) -> list[str | None]:
     """None is eager; peers run as they come."""
+    if who == PURE:
+        return [] if cpu else ["default"]
     if cpu or who not in OURS:
         return [None]
     if work != "small":

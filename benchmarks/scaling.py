@@ -7,10 +7,10 @@ Teacher and distiller compile whole on a GPU, as in a run; DistributedDataParall
 everything but the data: both teachers, the student forward and backward, the reduction of gradients, AdamW.
 
 One process runs without any reduction, on each card in turn (cards_ms) while the others wait; its row is the slowest
-card's. apart_ms is the slowest of n processes at the same time without any reduction: what it is above one process's
-comes from the host that they share, and what n take above it is the reduction's. Efficiency is the time of one process
-over that of n; its quartiles are over rounds. Rows are written one by one; on GPUs with what ran on the first one in a
-step.
+card's. apart_ms is the slowest of n processes at the same time without any reduction, ranks_ms each of them: what they
+are above one process's comes from the host that they share, and what n take above apart_ms is the reduction's.
+Efficiency is the time of one process over that of n; its quartiles are over rounds. Rows are written one by one; on
+GPUs with what ran on the first one in a step.
 """
 
 from __future__ import annotations
@@ -36,9 +36,12 @@ from work import Step, about, busy, kernels_of, train, works
 
 from kdlib.training import compiling
 
+Rounds = list[list[float]]
+"""Milliseconds of a step, round by round, of each process."""
 
-def times(given: argparse.Namespace, processes: int) -> tuple[list[float], list[float], dict[str, Any] | None]:
-    """Milliseconds of a step in each round, the slowest process's: without and with the reduction; and its kernels."""
+
+def times(given: argparse.Namespace, processes: int) -> tuple[Rounds, Rounds, dict[str, Any] | None]:
+    """A step without and with the reduction; and its kernels."""
     work = works(given.cpu, given.batch)["whole"]
     work = work if given.cpu else work.in_channels_last()
     teacher, distiller = kdlib_parts(work)
@@ -56,7 +59,7 @@ def times(given: argparse.Namespace, processes: int) -> tuple[list[float], list[
     return apart, together, None if given.cpu else kernels_of(step)
 
 
-def rounds(given: argparse.Namespace, step: Step, processes: int) -> list[float]:
+def rounds(given: argparse.Namespace, step: Step, processes: int) -> Rounds:
     began = time.perf_counter()
     step()
     synchronize(given.cpu)
@@ -72,12 +75,22 @@ def rounds(given: argparse.Namespace, step: Step, processes: int) -> list[float]
         for _ in range(given.repeats):
             step()
         synchronize(given.cpu)
-        taken = torch.tensor(1e3 * (time.perf_counter() - began) / given.repeats)
+        taken = [1e3 * (time.perf_counter() - began) / given.repeats]
         if processes > 1:
-            taken = taken if given.cpu else taken.cuda()
-            dist.all_reduce(taken, op=dist.ReduceOp.MAX)
-        found.append(float(taken))
+            everyone: list[Any] = [None] * processes
+            dist.all_gather_object(everyone, taken[0])
+            taken = everyone
+        found.append(taken)
     return found
+
+
+def slowest(rounds: Rounds) -> list[float]:
+    return [max(each) for each in rounds]
+
+
+def medians(rounds: Rounds) -> list[float]:
+    """Of each process, over the rounds."""
+    return [round(statistics.median(each), 3) for each in zip(*rounds, strict=True)]
 
 
 def synchronize(cpu: bool) -> None:
@@ -101,11 +114,11 @@ def worker(rank: int, given: argparse.Namespace, processes: int, first: int, ans
         dist.destroy_process_group()
 
 
-def spawned(given: argparse.Namespace, processes: int, first: int) -> tuple[list[float], list[float], Any]:
+def spawned(given: argparse.Namespace, processes: int, first: int) -> tuple[Rounds, Rounds, Any]:
     """``times`` of new processes, the first one on card ``first``."""
     queue = mp.get_context("spawn").SimpleQueue()
     mp.spawn(worker, (given, processes, first, queue), nprocs=processes)
-    answer: tuple[list[float], list[float], Any] = queue.get()
+    answer: tuple[Rounds, Rounds, Any] = queue.get()
     return answer
 
 
@@ -137,14 +150,16 @@ def main() -> None:
     for processes in given.processes:
         cards = range(1 if given.cpu or processes > 1 else max(given.processes))
         tried = [spawned(given, processes, card) for card in cards]
-        apart, found, kernels = max(tried, key=lambda each: statistics.median(each[1]))
+        apart, together, kernels = max(tried, key=lambda each: statistics.median(slowest(each[1])))
+        found = slowest(together)
         base = base or found
         low, middle, high = statistics.quantiles([statistics.median(base) / each for each in found], n=4)
         rows.append({
             "work": "whole", "processes": processes, "images": processes * given.batch,
             "ms": round(statistics.median(found), 3), "least": round(min(found), 3),
-            "cards_ms": [round(statistics.median(each), 3) for _, each, _ in tried],
-            "apart_ms": round(statistics.median(apart), 3), "efficiency": [round(x, 4) for x in (low, middle, high)],
+            "cards_ms": [ms for _, each, _ in tried for ms in medians(each)],
+            "apart_ms": round(statistics.median(slowest(apart)), 3), "ranks_ms": medians(apart),
+            "efficiency": [round(x, 4) for x in (low, middle, high)],
         })  # fmt: skip
         print(json.dumps(rows[-1]), flush=True)
         if kernels is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 
@@ -122,7 +123,8 @@ def _train(ready: Ready, accelerator: Accelerator) -> tuple[dict[str, float], to
     untouched = deepcopy(student).cpu() if accelerator.is_fsdp2 else None  # what is trained there are pieces
     half = torch.bfloat16 if recipe.precision == "bf16" else None  # float16 does not hold every feature
     distiller = Distiller(student, terms, dtype=half).to(accelerator.device)
-    teacher = Teacher(panel, terms, prepare=ready.prepare, dtype=half, channels_last=last) if panel else None
+    tell = partial(Teacher, dtype=half, autocast=recipe.teacher_autocast, channels_last=last)
+    teacher = tell(panel, terms, prepare=ready.prepare) if panel else None
     optimizer = build.build_optimizer(recipe.optimizer, distiller)
     training = Training(
         distiller,

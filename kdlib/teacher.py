@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
+from .losses.base import autocast_off
 from .taps import Taps, logits_of
 from .terms import Term, check_terms
 
@@ -29,12 +30,16 @@ class Teacher(nn.Module):
         model: frozen in place (``eval()``, ``requires_grad_(False)``).
         terms: those given to the ``Distiller`` too.
         prepare: turns the student's images into the teacher's, e.g. ``Renormalize``; for a panel, by member name.
-        dtype: precision of its forward pass (autocast) and of what it tells, e.g. ``torch.bfloat16``; by default
-            whatever is around it.
+        dtype: precision of its forward pass and of what it tells, e.g. ``torch.bfloat16``; by default whatever is
+            around it.
+        autocast: whether weights stay as they are and autocast brings each product to ``dtype``. False converts them,
+            in place, and every layer computes in ``dtype``: norms write and residuals add in it, where autocast has
+            float32. Faster, and the weights take half the memory; answers are rounded more.
         channels_last: memory layout of its weights and images.
 
     Raises:
-        ValueError: a tap that the model does not have; a term that reads ``"@output"`` of a panel.
+        ValueError: a tap that the model does not have; a term that reads ``"@output"`` of a panel; ``autocast=False``
+            without a ``dtype``.
     """
 
     def __init__(
@@ -44,12 +49,17 @@ class Teacher(nn.Module):
         *,
         prepare: nn.Module | Mapping[str, nn.Module] | None = None,
         dtype: torch.dtype | None = None,
+        autocast: bool = True,
         channels_last: bool = False,
     ) -> None:
         super().__init__()
+        if dtype is None and not autocast:
+            raise ValueError("autocast=False converts the teacher's weights to dtype=, which is None; name one")
         self.model = model.eval().requires_grad_(False)
         self.terms = check_terms(terms)
-        self.dtype = dtype
+        self.dtype, self.converted = dtype, not autocast
+        if self.converted:
+            self.model.to(dtype)
         self.memory_format = torch.channels_last if channels_last else torch.preserve_format
         self.model.to(memory_format=self.memory_format)
         self.members: dict[str, nn.Module] = dict(model.items()) if isinstance(model, Panel) else {"": model}
@@ -91,17 +101,21 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         targets: dict[str, Tensor] = {}
-        precision = nullcontext() if self.dtype is None else torch.autocast(images.device.type, self.dtype)
-        with precision:
+        with self._precision(images.device):
             for name, live in self._live.items():
                 if live:
                     targets.update(self._ask(name, live, images))
         return targets
 
+    def _precision(self, device: torch.device) -> AbstractContextManager[object]:
+        if self.converted:
+            return autocast_off(device)
+        return nullcontext() if self.dtype is None else torch.autocast(device.type, self.dtype)
+
     def _ask(self, name: str, live: Mapping[str, str], images: Tensor) -> dict[str, Tensor]:
         if (name or "@") in self.prepare:
             images = self.prepare[name or "@"](images)
-        images = images.to(memory_format=self.memory_format)
+        images = images.to(dtype=self.dtype if self.converted else None, memory_format=self.memory_format)
         answer, seen = self.taps[name].watch(self.members[name], images, stop_early="@output" not in live)
         if "@output" in live:
             seen["@output"] = logits_of(answer, f"teacher {name}".strip())

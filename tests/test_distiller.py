@@ -308,6 +308,28 @@ def test_teacher_options_leave_its_answers_alone(student: nn.Module, teacher: nn
         assert half[tap].dtype == torch.bfloat16
 
 
+def test_a_teacher_without_autocast_computes_in_its_own_precision(
+    student: nn.Module, teacher: nn.Module, images: Tensor
+) -> None:
+    terms, seen = objective(student, teacher), []
+    plain = kd.Teacher(teacher, terms)(images)
+    mean = next(iter(teacher.parameters())).detach().clone()
+    pure = kd.Teacher(teacher, terms, dtype=torch.bfloat16, autocast=False)
+    for layer in teacher.modules():
+        layer.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0].dtype, output.dtype)))
+    with torch.autocast("cpu", torch.bfloat16):  # of the loop around it; its norms would answer in float32
+        told = pure(images)
+    assert seen and set(seen) == {(torch.bfloat16, torch.bfloat16)}
+    assert torch.equal(next(iter(teacher.parameters())), mean.bfloat16())
+    for tap, value in plain.items():
+        assert 0 < (told[tap].float() - value).norm() < 0.05 * value.norm()
+    assert kd.Teacher(teacher.double(), terms, dtype=torch.float64, autocast=False)(images)["@output"].dtype == (
+        torch.float64
+    )
+    with pytest.raises(ValueError, match="dtype="):
+        kd.Teacher(teacher, terms, autocast=False)
+
+
 def test_features_read_in_half_precision_give_the_same_loss_but_for_rounding(
     student: nn.Module, teacher: nn.Module, images: Tensor, labels: Tensor
 ) -> None:

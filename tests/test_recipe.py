@@ -122,6 +122,7 @@ def wrong(*arguments: str) -> list[str]:
         ("terms={a b: {loss: cross_entropy}}", "terms.a b: a term's name is a plain word"),
         ("schedule.warmup_epochs=10", "schedule: warmup_epochs 10 and cooldown_epochs 0 leave nothing of 10 epochs"),
         ("optimizer.betas=[0.9, 2]", "optimizer: adamw cannot be built: Invalid beta parameter"),
+        ("teacher_autocast=false", "teacher_autocast: false goes with precision: bf16 (got 'none'); set that, or true"),
         ("optimizer.momentum=0.9", "optimizer.momentum: adamw has no momentum; leave it out"),
         # doors to code and files that are not ours
         ("student.checkpoint_path=x.pth", "student.checkpoint_path: is not taken from a config; name a file"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -21,6 +22,7 @@ import recipes.riformer.model  # noqa: F401  registers the models
 from kdlib import runs
 from kdlib.config import ConfigError, read
 from kdlib.recipe import Recipe, load
+from kdlib.teacher import Teacher
 from kdlib.training import checkpoint
 from kdlib.training.place import channels_last
 from recipes.riformer.convert import convert
@@ -195,6 +197,32 @@ def test_the_teacher_that_was_trained_is_the_one_that_teaches(
     inherited = [key for key in mine if "token_mixer" not in key]
     assert len(inherited) == 48 and all(torch.equal(mine[key], state[key]) for key in inherited)
     shutil.rmtree(again)
+
+
+@pytest.fixture
+def fresh_state() -> Iterator[None]:
+    """A process in which accelerate has chosen no precision yet, before and after."""
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
+def test_teachers_without_autocast_are_in_bfloat16_and_what_is_kept_of_them_is_not(
+    folder: Path, tmp_path: Path, fresh_state: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Teacher] = []
+    monkeypatch.setattr(runs, "Teacher", lambda *given, **named: made.append(Teacher(*given, **named)) or made[-1])
+    settings = ["precision=bf16", "teacher_autocast=false", "epochs=1", "baseline=null"]
+    outcome = runs.run(whole(folder, tmp_path / "run", *settings))
+    (teacher,) = made
+    for name, pattern in (("wide", "gfnet*"), ("twin", "metaformer*")):
+        (trained,) = tmp_path.glob(pattern)
+        kept, taught = load_file(trained / "student.safetensors"), teacher.members[name].state_dict()
+        assert {value.dtype for value in kept.values()} == {torch.float32}
+        assert kept and all(torch.equal(taught[key], value.bfloat16()) for key, value in kept.items())
+        assert {value.dtype for value in taught.values()} == {torch.bfloat16}
+    assert {parameter.dtype for parameter in outcome.student.parameters()} == {torch.float32}
+    assert outcome.result["test_loss"] < 5
 
 
 @pytest.mark.parametrize(

@@ -134,6 +134,8 @@ def _training(recipe: Recipe) -> Iterator[tuple[Key, str]]:
     schedule, epochs = recipe.schedule, recipe.epochs
     if recipe.metric.startswith("ema_") and recipe.ema is None:
         yield ("metric",), f"there is no moving average to measure; give ema: {{decay: …}} (got {recipe.metric!r})"
+    if not recipe.teacher_autocast and recipe.precision != "bf16":
+        yield ("teacher_autocast",), f"false goes with precision: bf16 (got {recipe.precision!r}); set that, or true"
     if schedule.warmup_epochs + schedule.cooldown_epochs >= epochs:
         yield (
             ("schedule",),

@@ -165,6 +165,9 @@ class Recipe(Strict):
     """Batches per optimizer step."""
     precision: Literal["none", "bf16", "fp16"] = "none"
     """Mixed precision. ``bf16`` also tells and reads features in bfloat16; losses compute in float32 always."""
+    teacher_autocast: StrictBool = True
+    """Beside ``precision: bf16``. ``false`` converts the teachers' weights to bfloat16, and all their layers compute in
+    it: faster, the weights take half the memory, and answers are rounded more."""
     tf32: StrictBool = True
     """On a GPU, float32 products are computed from numbers of 10 mantissa bits: several times as fast."""
     channels_last: StrictBool | Literal["auto"] = "auto"

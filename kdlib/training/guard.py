@@ -18,6 +18,7 @@ from ..data.samplers import Batches
 from ..progress import say
 from . import checkpoint
 from .journal import GRADIENT, LOSS, Row
+from .ranks import on_main
 from .sharding import local
 
 POLICIES = ("stop", "skip", "rollback")
@@ -84,11 +85,12 @@ class Guard:
     term is, is first met again from the last checkpoint on, to see whose it is.
     """
 
-    def __init__(self, policy: str, folder: Path, title: str, data: Loader, accumulate: int, main: bool = True) -> None:
+    def __init__(
+        self, policy: str, folder: Path, title: str, data: Loader, accumulate: int, accelerator: Accelerator
+    ) -> None:
         assert policy in POLICIES, policy
-        self.main = main
-        """Whether this process writes down what all of them saw."""
-        self.policy, self.folder, self.title, self.data, self.accumulate = policy, folder, title, data, accumulate
+        self.policy, self.folder, self.title, self.accelerator = policy, folder, title, accelerator
+        self.data, self.accumulate = data, accumulate
         self.suspect: tuple[int, int] | None = None
         """Epoch and first batch of the step at which each term's gradient is looked at by itself."""
 
@@ -111,15 +113,25 @@ class Guard:
         """Epoch and first batch of its step."""
         return bad.epoch, bad.batch - bad.batch % self.accumulate
 
-    def wants_to_search(self, bad: NotFinite) -> bool:
-        """Whether to go back and meet ``bad`` again, to see whose gradient it is; sets ``suspect``."""
+    def answer(self, bad: NotFinite, skipped: list[list[int]]) -> list[list[int]]:
+        """What is left out from the last checkpoint on, where the run must go: ``skipped``, and the step of ``bad``
+        unless it is met again first, to see whose gradient it is.
+
+        Raises:
+            FloatingPointError: the run stops for it.
+        """
         known = bad.names or bad.what != "gradient" or self.suspect == self.begins(bad)
         self.suspect = self.begins(bad)
-        return not known
+        if not known:
+            return skipped
+        on_main(self.accelerator, lambda: self.report(bad))
+        if self.policy == "stop" or len(skipped) >= LIMIT:
+            raise self.end(bad)
+        return [*skipped, list(self.begins(bad))]
 
     def report(self, bad: NotFinite) -> None:
         """Says it, and adds it to ``nonfinite.json``, once; on the main process."""
-        if not self.main:
+        if not self.accelerator.is_main_process:
             return
         step = self.step(bad)
         entry = {

@@ -25,7 +25,7 @@ from ..teacher import Teacher
 from . import checkpoint, compiling, faults, gradients, sharding
 from .evaluation import evaluate, with_best
 from .graphs import Graphs, try_graphs
-from .guard import LIMIT, Guard, NotFinite, Shield
+from .guard import Guard, NotFinite, Shield
 from .journal import GRADIENT, LOSS, Journal
 from .ranks import losses_told, on_main, share_buffers
 from .state import Place, State
@@ -86,10 +86,11 @@ class Training:
         self.main, self.sharded = self.accelerator.is_main_process, self.accelerator.is_fsdp2
         if self.sharded:
             sharding.check(self.distiller, self.optimizer)
-        images = self.data.train.batches.images
-        self.state = State(self.folder, self.accelerator, self.distiller, self.optimizer, images, self.ema)
-        self.guard = Guard(self.on_nonfinite, self.folder, self.title, self.data.train, self.accumulate, self.main)
-        self.journal = Journal(self.folder, self.accelerator, self.data.train, self.accumulate, self.guard.look)
+        train, accelerator = self.data.train, self.accelerator
+        images = train.batches.images
+        self.state = State(self.folder, accelerator, self.distiller, self.optimizer, images, self.ema)
+        self.guard = Guard(self.on_nonfinite, self.folder, self.title, train, self.accumulate, accelerator)
+        self.journal = Journal(self.folder, accelerator, train, self.accumulate, self.guard.look)
         self.shield = Shield(self.distiller, self.optimizer, self.accelerator, on=self.on_nonfinite == "skip")
         with losses_told(), listen() as self.asked:
             self._begin()
@@ -284,17 +285,12 @@ class Training:
     # numbers that go wrong
 
     def _answer(self, bad: NotFinite) -> None:
-        """Goes back to the last checkpoint where the policy, or the search for the term, wants it.
+        """Goes back to the last checkpoint.
 
         Raises:
             FloatingPointError: the run stops for it.
         """
-        search = self.guard.wants_to_search(bad)
-        if not search:
-            on_main(self.accelerator, lambda: self.guard.report(bad))
-        if not search and (self.on_nonfinite == "stop" or len(self.at.skipped) >= LIMIT):
-            raise self.guard.end(bad)
-        left_out = [*self.at.skipped, *([] if search else [list(self.guard.begins(bad))])]
+        left_out = self.guard.answer(bad, self.at.skipped)
         place = self.state.load()
         assert place is not None
         self.at = place

@@ -69,15 +69,15 @@ class Block(nn.Module):
 
 
 class Patches(nn.Module):
-    """A convolution without overlap (kernel = stride, no padding), from a map to tokens.
+    """A convolution from a map to tokens, without overlap (kernel = stride = `size`) or with it (kernel 2 * size - 1).
 
     Takes an image (B, C, H, W), or tokens (B, H*W, C) if their `grid` is given; returns tokens (B, h*w, dim).
     """
 
-    def __init__(self, in_dim: int, dim: int, size: int, grid: Grid | None = None) -> None:
+    def __init__(self, in_dim: int, dim: int, size: int, overlap: bool, grid: Grid | None = None) -> None:
         super().__init__()
         self.grid = grid
-        self.conv = nn.Conv2d(in_dim, dim, size, size)
+        self.conv = nn.Conv2d(in_dim, dim, *((2 * size - 1, size, size // 2) if overlap else (size, size)))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.grid is not None:
@@ -132,6 +132,7 @@ class GFNetH(Backbone):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         layer_scale_init: float | None = 1e-3,
+        overlap: bool = False,
         global_pool: str = "avg",
     ) -> None:
         super().__init__()
@@ -145,14 +146,14 @@ class GFNetH(Backbone):
                 f"image_size {self.image_size} is too small for {len(depths)} stages, which divide it by "
                 f"{4 * 2 ** (len(depths) - 1)}; use a larger image or fewer stages"
             )
-        self.stem = Patches(in_chans, dims[0], 4)
+        self.stem = Patches(in_chans, dims[0], 4, overlap)
         self.pos_embed = nn.Parameter(trunc_normal_(torch.empty(1, height * width, dims[0]), std=0.02))
         rates = [drop_path_rate * k / max(sum(depths) - 1, 1) for k in range(sum(depths))]
         stages = []
         for i, (depth, dim) in enumerate(zip(depths, dims, strict=True)):
             grid, first = (height >> i, width >> i), sum(depths[:i])
             above = (height >> (i - 1), width >> (i - 1)) if i else grid
-            downsample = Patches(dims[i - 1], dim, 2, above) if i else nn.Identity()
+            downsample = Patches(dims[i - 1], dim, 2, overlap, above) if i else nn.Identity()
             blocks = [
                 Block(dim, int(dim * mlp_ratio), grid, rate, layer_scale_init) for rate in rates[first : first + depth]
             ]
