@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from tests.matrix import pytest_runtest_setup, pytest_sessionfinish, pytest_terminal_summary  # noqa: F401
@@ -82,6 +84,14 @@ def interpreted(script: str) -> str:
 def _steady() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def fresh_state() -> Iterator[None]:
+    """A process in which accelerate has chosen no device and no precision yet, before and after."""
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
 
 
 @pytest.fixture

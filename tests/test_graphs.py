@@ -85,8 +85,12 @@ def test_a_step_that_reads_a_value_back_runs_as_it_is() -> None:
         loss.backward()
         return Distilled(loss, loss, {})
 
+    torch.cuda.manual_seed(3)
+    expected = torch.rand(4, device="cuda")
+    torch.cuda.manual_seed(3)
     found, line = try_graphs(Graphs(backward, [module], tuple), torch.ones(1, 2, device="cuda"), {})
     assert found is None and line.startswith("runs without CUDA graphs, which cannot take its step: ")
+    assert torch.equal(torch.rand(4, device="cuda"), expected)  # the step that runs as it is may draw
 
 
 def test_without_a_gpu_it_says_so() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import timm
 import torch
-from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -197,14 +196,6 @@ def test_the_teacher_that_was_trained_is_the_one_that_teaches(
     inherited = [key for key in mine if "token_mixer" not in key]
     assert len(inherited) == 48 and all(torch.equal(mine[key], state[key]) for key in inherited)
     shutil.rmtree(again)
-
-
-@pytest.fixture
-def fresh_state() -> Iterator[None]:
-    """A process in which accelerate has chosen no precision yet, before and after."""
-    AcceleratorState._reset_state(True)
-    yield
-    AcceleratorState._reset_state(True)
 
 
 def test_teachers_without_autocast_are_in_bfloat16_and_what_is_kept_of_them_is_not(

@@ -181,7 +181,9 @@ def test_the_count_finds_what_waits(
 @gpu
 @pytest.mark.parametrize("mode", ["off", "default", "graphs", "compiled-graphs"])
 @pytest.mark.parametrize("case", CASES)
-def test_a_gpu_never_waits_within_a_step(case: str, mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_never_waits_within_a_step(
+    case: str, mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_state: None
+) -> None:
     """CUDA itself raises at any synchronisation, loading and averaging included, from the second step of each epoch to
     its last: what is compiled, recorded or allocated once has been by then."""
     run = training(tmp_path, "cuda", log_every=100, compile=mode, **CASES[case])

@@ -97,5 +97,15 @@ def try_graphs(graphs: Graphs, images: Tensor, targets: Mapping[str, Tensor]) ->
     try:
         graphs.record(images, targets)
     except Exception as error:  # what cannot be recorded fails in many ways
+        _stop_counting(images.device)
         return None, f"runs without CUDA graphs, which cannot take its step: {reason(error)}"
     return graphs, f"recorded as a CUDA graph in {perf_counter() - started:.1f} s"
+
+
+def _stop_counting(device: torch.device) -> None:
+    """Gives the device's generator a state of its own again.
+
+    One whose recording broke off goes on counting for it, and refuses to draw anything outside of it.
+    """
+    generator = torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
+    generator.graphsafe_set_state(generator.clone_state())
