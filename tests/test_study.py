@@ -18,7 +18,7 @@ from conftest import ROOT
 from matplotlib import image
 
 from kdlib.config import ConfigError
-from kdlib.study import main, show
+from kdlib.study import main, pool, show
 from kdlib.study.paired import T975, difference, mean
 from kdlib.study.rows import Study, choose, load_study, recipes
 from kdlib.study.run import Results, gather, run
@@ -190,6 +190,45 @@ def test_equal_teachers_are_trained_once_and_a_failure_stops_no_one(tmp_path: Pa
     }
     assert gather(study, planned).top1 == found.top1  # as a study that is stopped tells it
     assert found.failed == {"fails-0": "no luck", "fails-1": "no luck"}
+
+
+def _patient(recipe):  # the teacher "wide" takes until a student of the other teacher has ended
+    until = time.monotonic() + 60
+    while "gfnet" in recipe.output.name and not (recipe.output.parent / "quick-0" / "summary.json").exists():
+        if time.monotonic() > until:
+            raise RuntimeError("waited in vain")
+        time.sleep(0.01)
+    return _noted(recipe)
+
+
+def test_a_student_waits_for_no_teacher_but_its_own(tmp_path: Path) -> None:
+    wide = "wide: {name: gfnet_h_nano, recipe: {terms: {label: {loss: cross_entropy}}, epochs: 1}}"
+    scale = SCALE.replace("teachers: {", f"teachers: {{{wide}, ").replace(", init: twin", "")
+    (tmp_path / "scale.yaml").write_text(scale)
+    rows = {"slow": ["terms.soft.teacher=wide"], "quick": ["terms.soft.teacher=twin"]}
+    planned = recipes(Study("s", rows, {}), tmp_path / "scale.yaml", 1, tmp_path / "out", [])
+    found = run(Study("s", rows, {}), planned, _patient, jobs=2)
+    assert not found.failed and len(found.top1) == 4
+
+
+def test_runs_take_turns_at_the_cards_that_are_visible(monkeypatch: pytest.MonkeyPatch) -> None:
+    for visible, count, expected in (
+        (None, 0, []), (None, 1, []), ("3", 1, []), (None, 3, ["0", "1", "2"]), ("4,GPU-a", 2, ["4", "GPU-a"]),
+        ("", 0, []), ("2,3,-1,5", 2, ["2", "3"]),
+    ):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if visible is not None:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert pool.cards() == expected
+    with pool.pool(4) as workers:
+        seen = list(workers.map(_visible, [0.5] * 4))
+    assert sorted(seen) == ["2", "2", "3", "3"]
+
+
+def _visible(seconds: float) -> str:  # long enough for each process to take one
+    time.sleep(seconds)
+    return os.environ["CUDA_VISIBLE_DEVICES"]
 
 
 def start(folder: Path) -> subprocess.Popen[str]:

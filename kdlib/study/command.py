@@ -36,7 +36,7 @@ def main(train: Train, studies: Path, scales: Path, arguments: Sequence[str] | N
             if not is_assignment(argument):
                 raise ConfigError([f"command line: unknown argument {argument}; values are written key=value"])
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            raise ConfigError(["launch: a study shares one device between its runs; start one process and give --jobs"])
+            raise ConfigError(["launch: a study spreads its runs by itself; start one process and give --jobs"])
         study = load_study(_file(given.study, studies, "study"))
         study = choose(study, given.rows) if given.rows else study
         folder = given.out or Path("runs") / "studies" / f"{Path(given.study).stem}-{Path(given.data).stem}"
@@ -77,7 +77,9 @@ def _parser(studies: Path, scales: Path) -> argparse.ArgumentParser:
     parser.add_argument("--data", required=True, help=f"the scale: a name ({known}) or a YAML file")
     parser.add_argument("--seeds", type=_count, default=3, help="seeds 0 … N-1 (default 3)")
     parser.add_argument("--rows", nargs="+", metavar="ROW", help="only these rows, and what they are compared with")
-    parser.add_argument("--jobs", type=_count, default=1, help="runs at a time on this device (default 1)")
+    parser.add_argument(
+        "--jobs", type=_count, default=1, help="runs at a time, over all visible GPUs (default 1)"
+    )
     parser.add_argument("--out", type=Path, help="folder of all runs (default runs/studies/STUDY-SCALE)")
     return parser
 

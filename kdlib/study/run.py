@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..progress import bar, say
 from ..recipe import Recipe, load_children
 from ..training import runfolder
-from ..training.place import cores
 from .paired import Mean, difference, mean
+from .pool import pool
 from .rows import Key, Study
 
 Train = Callable[[Recipe], dict[str, float]]
@@ -50,21 +48,20 @@ class Results:
 
 
 def run(study: Study, planned: Mapping[Key, Recipe], train: Train, jobs: int) -> Results:
-    """Trains what is not finished yet, teachers first, ``jobs`` runs at a time, and gathers the results.
+    """Trains what is not finished yet, each run once its teachers are there, and gathers the results.
 
-    A run that fails is told and the others go on. Stopped and started again, the study reads the finished runs back
-    and the others go on from their last checkpoints.
+    ``jobs`` runs at a time, those that others wait for first. A run that fails is told and the others go on. Stopped
+    and started again, the study reads the finished runs back and the others go on from their last checkpoints.
 
     Raises:
         ConfigError: a folder that holds another run.
     """
-    waves = _waves(planned)
+    recipes, needs = _needs(planned)
     failed: dict[str, str] = {}
-    with bar(study.title, sum(map(len, waves))) as shown, _pool(jobs) as pool:
-        for wave in waves:
-            for text in _wave(wave, train, pool, failed):
-                shown.say(text)
-                shown.advance()
+    with bar(study.title, len(recipes)) as shown, pool(jobs) as workers:
+        for text in _trained(recipes, needs, train, workers, failed):
+            shown.say(text)
+            shown.advance()
     return gather(study, planned, failed)
 
 
@@ -86,53 +83,58 @@ def gather(study: Study, planned: Mapping[Key, Recipe], failed: Mapping[str, str
     return results
 
 
-def _pool(jobs: int) -> ProcessPoolExecutor:
-    """Processes of which each compiles, if it does, on its share of the cores; by itself it would take all."""
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, cores() // jobs)))
-    return ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"))
-
-
 def _children(recipe: Recipe) -> dict[str, Recipe]:
     """The recipes of the teachers that are trained first, by name, with the folders that they will have."""
     return {str(at[1]): runfolder.beside(child, recipe) for at, child in load_children(recipe).items() if len(at) > 1}
 
 
-def _waves(planned: Mapping[Key, Recipe]) -> list[dict[Path, Recipe]]:
-    """All runs, by folder, in waves: each wave needs only the ones before it."""
-    depth: dict[Path, int] = {}
-    found: dict[Path, Recipe] = {}
+def _needs(planned: Mapping[Key, Recipe]) -> tuple[dict[Path, Recipe], dict[Path, set[Path]]]:
+    """All runs by folder, those first that others need; and the folders of the runs that each needs."""
+    recipes: dict[Path, Recipe] = {}
+    needs: dict[Path, set[Path]] = {}
 
-    def visit(recipe: Recipe) -> int:
-        below = [visit(child) for child in _children(recipe).values()]
-        depth[recipe.output], found[recipe.output] = 1 + max(below, default=-1), recipe
-        return depth[recipe.output]
+    def visit(recipe: Recipe) -> None:
+        children = _children(recipe).values()
+        recipes[recipe.output], needs[recipe.output] = recipe, {child.output for child in children}
+        for child in children:
+            visit(child)
 
     for recipe in planned.values():
         visit(recipe)
-    return [{p: found[p] for p in found if depth[p] == level} for level in range(max(depth.values(), default=-1) + 1)]
+    needed = set().union(*needs.values())
+    return {path: recipes[path] for path in sorted(recipes, key=lambda path: path not in needed)}, needs
 
 
-def _wave(
-    wave: Mapping[Path, Recipe], train: Train, pool: ProcessPoolExecutor, failed: dict[str, str]
+def _trained(
+    recipes: Mapping[Path, Recipe],
+    needs: Mapping[Path, set[Path]],
+    train: Train,
+    workers: ProcessPoolExecutor,
+    failed: dict[str, str],
 ) -> Iterator[str]:
-    """Runs of which none needs another; says of each, as it ends, how it did."""
+    """Says of each run, as it ends, how it did."""
+    waiting, ended = dict(recipes), set[Path]()
     running: dict[Future[dict[str, float]], Path] = {}
-    for path, recipe in wave.items():
-        if (result := _finished(recipe)) is not None:
-            yield f"{path.name} {result['top1']:.2f} %"
-        else:
-            running[pool.submit(train, recipe)] = path
     try:
-        for future in as_completed(running):
-            path = running[future]
-            try:
-                yield f"{path.name} {future.result()['top1']:.2f} %"
-            except Exception as error:  # a run may fail in any way; the others are worth their time all the same
-                failed[path.name] = " ".join(str(error).split())[:300] or type(error).__name__
-                say(f"{path.name}: {failed[path.name]}")
-                yield f"{path.name} failed"
+        while waiting or running:
+            for path in [path for path in waiting if needs[path] <= ended]:
+                recipe = waiting.pop(path)
+                if (result := _finished(recipe)) is not None:
+                    ended.add(path)
+                    yield f"{path.name} {result['top1']:.2f} %"
+                else:
+                    running[workers.submit(train, recipe)] = path
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                path = running.pop(future)
+                ended.add(path)
+                try:
+                    yield f"{path.name} {future.result()['top1']:.2f} %"
+                except Exception as error:  # a run may fail in any way; the others are worth their time all the same
+                    failed[path.name] = " ".join(str(error).split())[:300] or type(error).__name__
+                    say(f"{path.name}: {failed[path.name]}")
+                    yield f"{path.name} failed"
     except BaseException:
-        pool.shutdown(wait=False, cancel_futures=True)
+        workers.shutdown(wait=False, cancel_futures=True)
         raise
 
 
