@@ -9,7 +9,9 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import Future
 from pathlib import Path
+from threading import Timer
 
 import pytest
 import timm
@@ -21,7 +23,7 @@ from kdlib.config import ConfigError
 from kdlib.study import main, pool, show
 from kdlib.study.paired import T975, difference, mean
 from kdlib.study.rows import Study, choose, load_study, recipes
-from kdlib.study.run import Results, gather, run
+from kdlib.study.run import Results, _needs, _trained, gather, run
 from kdlib.training.runfolder import resolved
 from kdlib.yaml12 import dump
 from recipes.riformer import gfnet, model  # noqa: F401  registers the models
@@ -209,6 +211,24 @@ def test_a_student_waits_for_no_teacher_but_its_own(tmp_path: Path) -> None:
     planned = recipes(Study("s", rows, {}), tmp_path / "scale.yaml", 1, tmp_path / "out", [])
     found = run(Study("s", rows, {}), planned, _patient, jobs=2)
     assert not found.failed and len(found.top1) == 4
+
+
+def test_no_more_is_submitted_than_processes_are_free_for(tmp_path: Path) -> None:
+    """What waits in the queue of a pool begins even after Ctrl-C."""
+    (tmp_path / "scale.yaml").write_text(SCALE)
+    rows = {str(row): [] for row in range(6)}
+    planned = recipes(Study("s", rows, {}), tmp_path / "scale.yaml", 1, tmp_path / "out", [])
+    left, most = [], []
+
+    def submit(recipe):
+        future = Future()
+        left.append(future)
+        most.append(sum(not each.done() for each in left))
+        Timer(0.05, future.set_result, [{"top1": 1.0}]).start()
+        return future
+
+    assert len(list(_trained(*_needs(planned), submit, 2, {}))) == 7  # six rows and their teacher
+    assert most[0] == 1 and max(most) == 2
 
 
 def test_runs_take_turns_at_the_cards_that_are_visible(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,9 +77,7 @@ def _parser(studies: Path, scales: Path) -> argparse.ArgumentParser:
     parser.add_argument("--data", required=True, help=f"the scale: a name ({known}) or a YAML file")
     parser.add_argument("--seeds", type=_count, default=3, help="seeds 0 … N-1 (default 3)")
     parser.add_argument("--rows", nargs="+", metavar="ROW", help="only these rows, and what they are compared with")
-    parser.add_argument(
-        "--jobs", type=_count, default=1, help="runs at a time, over all visible GPUs (default 1)"
-    )
+    parser.add_argument("--jobs", type=_count, default=1, help="runs at a time, over all visible GPUs (default 1)")
     parser.add_argument("--out", type=Path, help="folder of all runs (default runs/studies/STUDY-SCALE)")
     return parser
 

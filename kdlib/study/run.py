@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from .rows import Key, Study
 
 Train = Callable[[Recipe], dict[str, float]]
 """Trains a recipe, or goes on with it, and gives its last evaluation; a function that other processes can import."""
+Running = Future[dict[str, float]]
 
 
 @dataclass
@@ -59,7 +60,7 @@ def run(study: Study, planned: Mapping[Key, Recipe], train: Train, jobs: int) ->
     recipes, needs = _needs(planned)
     failed: dict[str, str] = {}
     with bar(study.title, len(recipes)) as shown, pool(jobs) as workers:
-        for text in _trained(recipes, needs, train, workers, failed):
+        for text in _trained(recipes, needs, lambda recipe: workers.submit(train, recipe), jobs, failed):
             shown.say(text)
             shown.advance()
     return gather(study, planned, failed)
@@ -108,34 +109,33 @@ def _needs(planned: Mapping[Key, Recipe]) -> tuple[dict[Path, Recipe], dict[Path
 def _trained(
     recipes: Mapping[Path, Recipe],
     needs: Mapping[Path, set[Path]],
-    train: Train,
-    workers: ProcessPoolExecutor,
+    submit: Callable[[Recipe], Running],
+    jobs: int,
     failed: dict[str, str],
 ) -> Iterator[str]:
-    """Says of each run, as it ends, how it did."""
+    """Says of each run, as it ends, how it did. Only what a process is free for is submitted: where the study is
+    stopped, nothing begins any more."""
     waiting, ended = dict(recipes), set[Path]()
-    running: dict[Future[dict[str, float]], Path] = {}
-    try:
-        while waiting or running:
-            for path in [path for path in waiting if needs[path] <= ended]:
-                recipe = waiting.pop(path)
-                if (result := _finished(recipe)) is not None:
-                    ended.add(path)
-                    yield f"{path.name} {result['top1']:.2f} %"
-                else:
-                    running[workers.submit(train, recipe)] = path
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                path = running.pop(future)
+    running: dict[Running, Path] = {}
+    while waiting or running:
+        for path in [path for path in waiting if needs[path] <= ended]:
+            if (result := _finished(waiting[path])) is not None:
                 ended.add(path)
-                try:
-                    yield f"{path.name} {future.result()['top1']:.2f} %"
-                except Exception as error:  # a run may fail in any way; the others are worth their time all the same
-                    failed[path.name] = " ".join(str(error).split())[:300] or type(error).__name__
-                    say(f"{path.name}: {failed[path.name]}")
-                    yield f"{path.name} failed"
-    except BaseException:
-        workers.shutdown(wait=False, cancel_futures=True)
-        raise
+                yield f"{path.name} {result['top1']:.2f} %"
+            elif len(running) < jobs:
+                running[submit(waiting[path])] = path
+            else:
+                break
+            del waiting[path]
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            path = running.pop(future)
+            ended.add(path)
+            try:
+                yield f"{path.name} {future.result()['top1']:.2f} %"
+            except Exception as error:  # a run may fail in any way; the others are worth their time all the same
+                failed[path.name] = " ".join(str(error).split())[:300] or type(error).__name__
+                say(f"{path.name}: {failed[path.name]}")
+                yield f"{path.name} failed"
 
 
 def _finished(recipe: Recipe) -> dict[str, float] | None:
