@@ -105,6 +105,25 @@ def test_the_part_of_the_spectrum_that_no_real_kernel_has_does_nothing_here():
         assert close(model(record["x"]), record["logits"])
 
 
+@pytest.mark.parametrize("side", [28, 31, 64, (36, 50)])
+def test_overlapping_patches_are_those_of_poolformer(side):
+    """Grids of any parity, and weights that go from one size to another."""
+    twin = timm.create_model("metaformer_pool_s12", dims=[8, 16], depths=[1, 1], num_classes=3)
+    model = GFNetH((1, 1), (8, 16), side, 3, overlap=True).eval()
+    images = torch.randn(2, 3, *model.image_size)
+    for ours, theirs in ((model.stem, twin.stem), (model.stages[1].downsample, twin.stages[1].downsample)):
+        ours.conv.load_state_dict(theirs.conv.state_dict())
+    tokens, twins = model.stem(images), twin.stem(images)
+    torch.testing.assert_close(tokens, twins.flatten(2).mT)
+    assert model.stages[0].grid == twins.shape[2:]
+    torch.testing.assert_close(
+        model.stages[1].downsample(tokens), twin.stages[1].downsample(twins).flatten(2).mT, rtol=1e-5, atol=1e-6
+    )
+    assert model(images).shape == (2, 3)
+    larger = GFNetH((1, 1), (8, 16), 95, 3, overlap=True)
+    larger.load_state_dict(resize_state_dict(model.state_dict(), larger, side))
+
+
 def test_filter_stays_in_float32_under_autocast_and_in_bfloat16():
     model, x = small(), torch.randn(2, 3, 64, 64)
     expected = model(x)

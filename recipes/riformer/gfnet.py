@@ -68,8 +68,20 @@ class Block(nn.Module):
         return x + self.drop_path(branch if self.gamma is None else branch * self.gamma)
 
 
+def _window(size: int, overlap: bool) -> tuple[int, int]:
+    """Kernel and padding of a convolution with stride `size`: no overlap, or that of PoolFormer's (7, 2 and 3, 1)."""
+    return (2 * size - 1, size // 2) if overlap else (size, 0)
+
+
+def _cut(grid: Grid, size: int, overlap: bool) -> Grid:
+    """The grid that such a convolution makes."""
+    kernel, padding = _window(size, overlap)
+    height, width = ((side + 2 * padding - kernel) // size + 1 for side in grid)
+    return height, width
+
+
 class Patches(nn.Module):
-    """A convolution from a map to tokens, without overlap (kernel = stride = `size`) or with it (kernel 2 * size - 1).
+    """A convolution with stride `size` from a map to tokens.
 
     Takes an image (B, C, H, W), or tokens (B, H*W, C) if their `grid` is given; returns tokens (B, h*w, dim).
     """
@@ -77,7 +89,8 @@ class Patches(nn.Module):
     def __init__(self, in_dim: int, dim: int, size: int, overlap: bool, grid: Grid | None = None) -> None:
         super().__init__()
         self.grid = grid
-        self.conv = nn.Conv2d(in_dim, dim, *((2 * size - 1, size, size // 2) if overlap else (size, size)))
+        kernel, padding = _window(size, overlap)
+        self.conv = nn.Conv2d(in_dim, dim, kernel, size, padding)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.grid is not None:
@@ -114,6 +127,7 @@ class GFNetH(Backbone):
         drop_path_rate: stochastic depth of the last block; it rises linearly from 0.
         layer_scale_init: first value of gamma; 0 makes every block start as identity, None or False is for no gamma at
             all (`timm.create_model` drops a None and takes the default of the size: say False there).
+        overlap: patches overlap, as PoolFormer's do; the authors' do not.
         global_pool: "avg", or "" to hand out the tokens (only without a classifier).
 
     Raises:
@@ -140,20 +154,22 @@ class GFNetH(Backbone):
             raise ValueError(f"depths {tuple(depths)} and dims {tuple(dims)} need one entry per stage each")
         self.image_size = _pair(image_size)
         self.in_chans, self.num_features, self.head_hidden_size = in_chans, dims[-1], dims[-1]
-        height, width = self.image_size[0] // 4, self.image_size[1] // 4
-        if min(height, width) >> (len(depths) - 1) < 1:
+        grids = [_cut(self.image_size, 4, overlap)]
+        while len(grids) < len(depths):
+            grids.append(_cut(grids[-1], 2, overlap))
+        if min(map(min, grids)) < 1:
             raise ValueError(
                 f"image_size {self.image_size} is too small for {len(depths)} stages, which divide it by "
                 f"{4 * 2 ** (len(depths) - 1)}; use a larger image or fewer stages"
             )
+        self.overlap = overlap
         self.stem = Patches(in_chans, dims[0], 4, overlap)
-        self.pos_embed = nn.Parameter(trunc_normal_(torch.empty(1, height * width, dims[0]), std=0.02))
+        self.pos_embed = nn.Parameter(trunc_normal_(torch.empty(1, grids[0][0] * grids[0][1], dims[0]), std=0.02))
         rates = [drop_path_rate * k / max(sum(depths) - 1, 1) for k in range(sum(depths))]
         stages = []
         for i, (depth, dim) in enumerate(zip(depths, dims, strict=True)):
-            grid, first = (height >> i, width >> i), sum(depths[:i])
-            above = (height >> (i - 1), width >> (i - 1)) if i else grid
-            downsample = Patches(dims[i - 1], dim, 2, overlap, above) if i else nn.Identity()
+            grid, first = grids[i], sum(depths[:i])
+            downsample = Patches(dims[i - 1], dim, 2, overlap, grids[i - 1]) if i else nn.Identity()
             blocks = [
                 Block(dim, int(dim * mlp_ratio), grid, rate, layer_scale_init) for rate in rates[first : first + depth]
             ]
@@ -236,7 +252,7 @@ def resize_state_dict(
     Raises:
         ValueError: if the weights do not belong to `image_size`.
     """
-    height, width = (side // 4 for side in _pair(image_size))
+    height, width = _cut(_pair(image_size), 4, model.overlap)
     if state_dict["pos_embed"].shape[1] != height * width:
         raise ValueError(
             f"pos_embed has {state_dict['pos_embed'].shape[1]} positions, but image_size {_pair(image_size)} makes "
@@ -249,7 +265,7 @@ def resize_state_dict(
             continue
         if name == "pos_embed":
             image = value.transpose(1, 2).unflatten(2, (height, width))
-            grid = model.image_size[0] // 4, model.image_size[1] // 4
+            grid = _cut(model.image_size, 4, model.overlap)
             image = F.interpolate(image.float(), grid, mode="bicubic", align_corners=False)
             resized[name] = image.flatten(2).transpose(1, 2).contiguous().to(value.dtype)
         elif name.endswith("complex_weight"):
