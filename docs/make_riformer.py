@@ -35,7 +35,7 @@ def _result(name: str) -> dict[str, Any]:
 def study_results(name: str) -> Results:
     """A stored study as the object that draws itself."""
     found = _result(name)
-    study = Study(found["title"], {}, found["against"], tuple(found["gap"]))
+    study = Study(found["title"], {}, found["against"], found["gap"] and tuple(found["gap"]))
     return Results(study, {row: {int(seed): v for seed, v in of.items()} for row, of in found["top1"].items()})
 
 
