@@ -58,7 +58,7 @@ def compared(name: str) -> str:
     for row, own, gain, _ in results.summary():
         other = results.study.against.get(row, "")
         lines.append((row, _mean(own), *_gain(gain), other, _seeds(results.top1[row], seeds)))
-    last = f"seeds 0 to {seeds - 1}"
+    last = f"seeds 0 to {seeds - 1}" if seeds > 1 else "seed 0"
     heads = ("row", "top-1 %, mean ± sd", "paired difference", "95 % interval", "compared with", last)
     return f"{_about(found)}\n\n{table(heads, lines)}"
 
@@ -138,6 +138,8 @@ def throughput() -> str:
 TABLES = {
     "ladder": partial(compared, "ladder_5k"),
     "beginning": partial(compared, "beginning_5k"),
+    "teachers": partial(compared, "teachers_5k"),
+    "sixty64": partial(imitation, "imitation_60k"),
     "imitation": partial(imitation, "imitation_5k"),
     "thousand": partial(imitation, "imitation_1k"),
     "nano": nano,

@@ -10,7 +10,7 @@ RESNET = "accelerate launch recipes/resnet/run.py"
 RIFORMER = "accelerate launch recipes/riformer/run.py"
 CONFIGS = "recipes/riformer/configs"
 STUDY = "accelerate launch recipes/riformer/study.py"
-GRAPHS = "--jobs 16 compile.mode=compiled-graphs threads=1 data.augment.crop_padding=2"
+GRAPHS = "compile.mode=compiled-graphs threads=1 data.augment.crop_padding=2"
 FSDP = "accelerate launch --use_fsdp --fsdp_version 2 --num_processes 8"
 POLICIES = (
     "TRANSFORMER_BASED_WRAP --fsdp_transformer_layer_cls_to_wrap Block",
@@ -107,13 +107,14 @@ HELP = [
     "kdlib shards /data/set train='train-*.tar' …",
     "kdlib shards /data/set train='train-*.tar' validation='val-*.tar' --classes names.txt",
     *(f"{FSDP} --fsdp_auto_wrap_policy {policy} run.py" for policy in POLICIES),
-    f"{STUDY} beginning --data fashion_mnist_5k --seeds 5 {GRAPHS}",
-    f"{STUDY} imitation --data fashion_mnist_5k --seeds 5 {GRAPHS}",
-    f"{STUDY} imitation --data fashion_mnist_5k --seeds 5 --out runs/studies/imitation-1k {GRAPHS} data.limit=1000 "
-    "epochs=100 teachers.wide.recipe.epochs=100 teachers.twin.recipe.epochs=100",
-    f"{STUDY} imitation --data fashion_mnist --seeds 3 --rows labels soft 'whole run, λ of the paper' "
-    f"'initial weights, soft' {GRAPHS}",
-    f"{STUDY} ladder --data fashion_mnist_5k --seeds 5 {GRAPHS}",
+    f"{STUDY} ladder --data fashion_mnist_5k --seeds 5 --jobs 30 {GRAPHS}",
+    f"{STUDY} imitation --data fashion_mnist_5k --seeds 5 --jobs 10 {GRAPHS}",
+    f"{STUDY} imitation --data fashion_mnist --seeds 3 --rows labels soft 'relation alone' 'windows, λ of the paper' "
+    f"'whole run, λ of the paper' 'initial weights, soft' 'whole run, initial weights' --jobs 12 {GRAPHS}",
+    f"{STUDY} imitation --data fashion_mnist_5k --seeds 5 --out runs/studies/imitation-1k --jobs 16 {GRAPHS} "
+    "data.limit=1000 epochs=100 teachers.wide.recipe.epochs=600 teachers.twin.recipe.epochs=600",
+    f"{STUDY} teachers --data fashion_mnist_5k --seeds 1 --jobs 10 {GRAPHS}",
+    f"{STUDY} beginning --data fashion_mnist_5k --seeds 5 --jobs 16 {GRAPHS}",
 ]
 """A GPU, a download, an upload, or runs that the page does not make: ``--help``, in which their options must be."""
 

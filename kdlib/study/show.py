@@ -63,7 +63,10 @@ def _plain(value: Mean) -> dict[str, Any]:
 
 
 def plot(results: Results, path: Path) -> None:
-    """Each row's seeds as dots, its mean and the mean's 95 % interval as a bar, as a PNG."""
+    """Each row's seeds as dots, its mean and the mean's 95 % interval as a bar, as a PNG.
+
+    All dots are seen. Intervals of a few seeds can be many times as wide as what the seeds did; they run out of the frame.
+    """
     from matplotlib.figure import Figure  # here, since importing it takes long; no pyplot, whose backend is global
 
     found = list(results.summary())
@@ -75,6 +78,9 @@ def plot(results: Results, path: Path) -> None:
         axis.plot(values, [place] * len(values), ".", color=color, alpha=0.45, markersize=7, markeredgewidth=0)
         half = own.half if isfinite(own.half) else 0.0
         axis.errorbar(own.mean, place, xerr=half, fmt="|", color=color, capsize=3, markersize=11, linewidth=1.4)
+    every = [value for of in results.top1.values() for value in of.values()]
+    border = max(0.1 * (max(every) - min(every)), 0.1)
+    axis.set_xlim(min(every) - border, max(every) + border)
     axis.set_yticks(range(len(found)), [name for name, *_ in found])
     axis.invert_yaxis()
     axis.set(xlabel="test top-1 (%): seeds, mean, 95 % interval of the mean", title=results.study.title)
