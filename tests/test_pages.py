@@ -68,6 +68,23 @@ def test_the_readme_tells_a_steps_measured_cost() -> None:
         assert f"{name} {blocks[who, 'eager']['ms'] / own['ms']:.2f}" in readme
 
 
+@pytest.mark.parametrize("page", ["README.md", "recipes/riformer/README.md"])
+@pytest.mark.parametrize("images", ["5,000", "60,000"])
+def test_the_readmes_tell_what_the_students_came_to(page: str, images: str) -> None:
+    name, rows = {
+        "5,000": ("ladder_5k", ("tab3_affine_labels", "tab3_affine_soft", "tab4_80_20_4", "guideline5_with")),
+        "60,000": ("imitation_60k", ("labels", "soft", "whole run, λ of the paper", "whole run, initial weights")),
+    }[images]
+    summary = json.loads((generated.RESULTS / f"{name}.json").read_text())["summary"]
+    text = (ROOT / page).read_text()
+    means = [f"{summary[row]['mean']:.2f}" for row in (*rows, "teacher wide gfnet_h_micro")]
+    if page == "README.md":
+        assert f"| {images} images | {' | '.join(means)} |" in text
+    else:
+        told = [f"{summary[row]['mean']:.2f} ± {summary[row]['sd']:.2f}" for row in (*rows[:2], rows[3])]
+        assert all(f"| {own} " in text for own in told)
+
+
 def test_the_ladders_summary_is_the_studys_own() -> None:
     """What the page computes from the stored seeds is what the study wrote down when it ran."""
     stored = json.loads((generated.RESULTS / "ladder_5k.json").read_text())["summary"]
