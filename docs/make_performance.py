@@ -16,6 +16,7 @@ from generated import main, result, table
 
 PAGE = Path(__file__).with_name("performance.md")
 NOT_YET = "Not measured yet."
+PURE = "kdlib, pure bf16"
 
 
 def about(found: dict[str, Any]) -> str:
@@ -40,11 +41,14 @@ def step(name: str) -> str:
 def _peers(rows: list[dict[str, Any]]) -> str:
     """How long others take for what kdlib does compiled."""
     times = {(row["work"], row["who"], row["mode"]): row["ms"] for row in rows if "ms" in row}
-    own = times.get(("blocks", "kdlib", "default"))
-    told = [f"{who} {ms / own:.2f}" for (work, who, mode), ms in times.items()
-            if own and work == "blocks" and who not in ("floor", "by hand", "kdlib")]  # fmt: skip
+    own, pure = (times.get(("blocks", who, "default")) for who in ("kdlib", PURE))
+    if own is None or pure is None:
+        return ""
+    told = [f"{who} {ms / own:.2f} ({ms / pure:.2f})" for (work, who, mode), ms in times.items()
+            if work == "blocks" and who not in ("floor", "by hand", "kdlib", PURE)]  # fmt: skip
     return (
-        f"Times as long as kdlib's compiled step of blocks, the others as they come: {', '.join(told)}." if told else ""
+        "Times as long as kdlib's compiled step of blocks (in brackets: as the one with teachers in pure bf16), the "
+        f"others as they come: {', '.join(told)}."
     )
 
 
@@ -87,9 +91,10 @@ def scaling() -> str:
     if found is None:
         return NOT_YET
     rows = [(str(row["processes"]), row["work"], f"{row['images']:,}", f"{row['ms']:.1f}",
-             f"{row['apart_ms']:.1f}", f"{row['apart_ms'] / row['ms']:.3f}", _ratio(row, "efficiency"))
+             ", ".join(f"{ms:.1f}" for ms in row["ranks_ms" if row["processes"] > 1 else "cards_ms"]),
+             f"{row['apart_ms'] / row['ms']:.3f}", _ratio(row, "efficiency"))
             for row in found["rows"]]  # fmt: skip
-    heads = ("processes", "work", "images a step", "ms", "ms without reduction", "of these", "of one process")
+    heads = ("processes", "work", "images a step", "ms", "ms of each without reduction", "of these", "of one process")
     return f"{about(found)}\n\n{table(heads, rows)}"
 
 

@@ -203,3 +203,20 @@ def test_a_gpu_never_waits_within_a_step(
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert steps.count(True) >= 4
+
+
+@gpu
+@pytest.mark.parametrize("case", CASES)
+def test_a_run_in_the_compilers_own_graphs_is_the_compiled_run(case: str, tmp_path: Path, fresh_state: None) -> None:
+    """``reduce-overhead`` through hooks, a term that ends, a learned loss, accumulation and a shield."""
+    torch.backends.cudnn.deterministic = True
+    found = {}
+    for mode in ("default", "reduce-overhead"):
+        torch.compiler.reset()
+        run = training(tmp_path / mode, "cuda", log_every=100, compile=mode, **CASES[case])
+        run.epochs = 3  # the block term is over after the second
+        run.run()
+        assert run.mode == mode
+        found[mode] = {name: value.detach().clone() for name, value in run.distiller.state_dict().items()}
+    for name, value in found["default"].items():
+        torch.testing.assert_close(found["reduce-overhead"][name], value, rtol=1e-3, atol=1e-4, msg=name)
