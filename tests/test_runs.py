@@ -16,14 +16,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import recipes.riformer.gfnet
-import recipes.riformer.model  # noqa: F401  registers the models
 from kdlib import runs
 from kdlib.config import ConfigError, read
 from kdlib.recipe import Recipe, load
 from kdlib.teacher import Teacher
 from kdlib.training import checkpoint
 from kdlib.training.place import channels_last
+from recipes.riformer import gfnet, model  # noqa: F401  registers the models
 from recipes.riformer.convert import convert
 from tests.conftest import ROOT
 
@@ -214,6 +213,16 @@ def test_teachers_without_autocast_are_in_bfloat16_and_what_is_kept_of_them_is_n
         assert {value.dtype for value in taught.values()} == {torch.bfloat16}
     assert {parameter.dtype for parameter in outcome.student.parameters()} == {torch.float32}
     assert outcome.result["test_loss"] < 5
+
+
+def test_a_teacher_that_insists_on_float32_is_told_before_anything_is_made(
+    folder: Path, tmp_path: Path, fresh_state: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = gfnet.GlobalFilter.forward
+    monkeypatch.setattr(gfnet.GlobalFilter, "forward", lambda self, x: plain(self, x) @ torch.eye(x.shape[-1]))
+    (line,) = lines(runs.run, whole(folder, tmp_path / "run", "precision=bf16", "teacher_autocast=false"))
+    assert line.startswith("teacher_autocast: teachers.wide does not compute in bfloat16 throughout: expected")
+    assert line.endswith("; say teacher_autocast: true") and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from copy import deepcopy
 
 import timm
 import torch
@@ -93,7 +94,8 @@ def check_answers(
     """Runs each model once by itself, so that a misfit is told by its name.
 
     Raises:
-        ConfigError: a model that cannot take the images, or whose answer is not over as many classes as needed.
+        ConfigError: a model that cannot take the images, or whose answer is not over as many classes as needed; a
+            teacher that is to compute in bfloat16 and does not.
     """
     found = answer(student, images, "student").shape[1]
     if found != classes:
@@ -106,6 +108,8 @@ def check_answers(
             raise ConfigError(
                 [f"teachers.{name}.num_classes: the student and the data have {classes} classes (got {found})"]
             )
+        if not recipe.teacher_autocast:
+            _in_bfloat16(panel[name], given, f"teachers.{name}")
         own = (getattr(panel[name], "pretrained_cfg", None) or {}).get("num_classes", classes)
         if name in asked and spec.weights is None and spec.foreign and own != classes:
             raise ConfigError(
@@ -114,6 +118,17 @@ def check_answers(
                     "its answer would be noise; tap its features, or give weights: that were trained on these data"
                 ]
             )
+
+
+@torch.no_grad()
+def _in_bfloat16(model: nn.Module, images: Tensor, where: str) -> None:
+    """Lets the shapes of a converted copy pass through it, for a layer that insists on another precision."""
+    shapes = deepcopy(model).to("meta", torch.bfloat16).eval()
+    try:
+        shapes(images.to("meta", torch.bfloat16))
+    except Exception as error:  # as above
+        what = f"{where} does not compute in bfloat16 throughout: {_line(error)}"
+        raise ConfigError([f"teacher_autocast: {what}; say teacher_autocast: true"]) from None
 
 
 def of_term(error: Exception) -> str:

@@ -65,7 +65,7 @@ def _plain(value: Mean) -> dict[str, Any]:
 def plot(results: Results, path: Path) -> None:
     """Each row's seeds as dots, its mean and the mean's 95 % interval as a bar, as a PNG.
 
-    All dots are seen. Intervals of a few seeds can be many times as wide as what the seeds did; they run out of the frame.
+    All dots are seen; an interval of few seeds, many times as wide as what these did, may run out of the frame.
     """
     from matplotlib.figure import Figure  # here, since importing it takes long; no pyplot, whose backend is global
 
