@@ -189,8 +189,8 @@ def test_the_teacher_that_was_trained_is_the_one_that_teaches(
     for name, pattern in (("wide", "gfnet*"), ("twin", "metaformer*")):
         (made,) = output.parent.glob(pattern)
         state = load_file(made / "student.safetensors")
-        for model in (outcome.teachers[name].student, ready.panel[name]):
-            assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
+        for taught in (outcome.teachers[name].student, ready.panel[name]):
+            assert all(torch.equal(state[key], value) for key, value in taught.state_dict().items())
     mine = ready.student.state_dict()
     inherited = [key for key in mine if "token_mixer" not in key]
     assert len(inherited) == 48 and all(torch.equal(mine[key], state[key]) for key in inherited)
