@@ -194,6 +194,17 @@ def test_equal_teachers_are_trained_once_and_a_failure_stops_no_one(tmp_path: Pa
     assert found.failed == {"fails-0": "no luck", "fails-1": "no luck"}
 
 
+def test_a_folder_that_is_taken_is_told_before_anything_is_trained(tmp_path: Path) -> None:
+    (tmp_path / "scale.yaml").write_text(SCALE)
+    study = Study("s", {"soft": [], "both": ["epochs=2"]}, {})
+    planned = recipes(study, tmp_path / "scale.yaml", 1, tmp_path / "out", [])
+    (tmp_path / "out" / "both-0").mkdir(parents=True)
+    (tmp_path / "out" / "both-0" / "thesis.tex").touch()
+    with pytest.raises(ConfigError, match="is not empty and holds no run"):
+        run(study, planned, _noted, jobs=1)
+    assert not list((tmp_path / "out").glob("*/log"))
+
+
 def _patient(recipe):  # the teacher "wide" takes until a student of the other teacher has ended
     until = time.monotonic() + 60
     while "gfnet" in recipe.output.name and not (recipe.output.parent / "quick-0" / "summary.json").exists():

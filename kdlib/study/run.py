@@ -58,6 +58,8 @@ def run(study: Study, planned: Mapping[Key, Recipe], train: Train, jobs: int) ->
         ConfigError: a folder that holds another run.
     """
     recipes, needs = _needs(planned)
+    for recipe in recipes.values():
+        runfolder.check_free(recipe)  # now, and not after an hour of the others
     failed: dict[str, str] = {}
     with bar(study.title, len(recipes)) as shown, pool(jobs) as workers:
         for text in _trained(recipes, needs, lambda recipe: workers.submit(train, recipe), jobs, failed):
