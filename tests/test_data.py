@@ -21,7 +21,8 @@ import kdlib.data.fashion
 from kdlib.data import Data, load
 from kdlib.data.augment import Augment, crop_flip, crop_flip_draws
 from kdlib.data.fashion import DEBIAN, Arrays, embedded, read_idx
-from kdlib.data.loaders import ArrayLoader, Normalise
+from kdlib.data.from_memory import ArrayLoader
+from kdlib.data.loader import Normalise
 from kdlib.data.samplers import EpochBatches
 from kdlib.data.sources import TimmFiles, image_folder
 

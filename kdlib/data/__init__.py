@@ -12,9 +12,11 @@ import torch
 
 from .augment import ARRAYS_ONLY, FILES_ONLY, Augment, BatchAugment, eval_transform, train_transform
 from .fashion import FASHION_MEAN, FASHION_STD, Arrays, embedded, fashion_mnist
+from .from_files import FileLoader
+from .from_memory import ArrayLoader
 from .hub import hub_shards
 from .indexing import write_info
-from .loaders import ArrayLoader, FileLoader, Loader, Normalise, with_targets
+from .loader import Loader, Normalise, with_targets
 from .outlines import outline
 from .samplers import EpochBatches
 from .shards import Shards, tar_shards

@@ -19,10 +19,11 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, default_collate, get_worker_info
 
 from .augment import BatchAugment
-from .loaders import Normalise, _arrived, _by_workers, _check_start, _Unreadable
+from .loader import Normalise, check_start
 from .samplers import generator, seeded
 from .shards import Shards
 from .sources import unreadable
+from .workers import Unreadable, arrived, by_workers
 
 
 @dataclass(frozen=True)
@@ -151,14 +152,14 @@ class _Reading(IterableDataset[Any]):
             for index in row.tolist():
                 while index not in held:
                     at, sample = next(coming)
-                    if isinstance(sample, _Unreadable):
+                    if isinstance(sample, Unreadable):
                         yield sample
                         return
                     held[at] = sample
                 try:
                     image, label = self.source.read(held.pop(index))
-                except Exception as error:  # whatever a decoder raises, as in loaders._Samples
-                    yield _Unreadable(unreadable(self.source, index, error))
+                except Exception as error:  # whatever a decoder raises, as in from_files._Samples
+                    yield Unreadable(unreadable(self.source, index, error))
                     return
                 with seeded(self.batches.seed, "image", self.epoch, index):
                     samples.append((self.transform(image), label))
@@ -178,7 +179,7 @@ class _Reading(IterableDataset[Any]):
                         yield number, sample
                     number += 1
             except Exception as error:  # whatever a disk, a network or a broken file raises
-                yield number, _Unreadable(unreadable(self.source, number, error))
+                yield number, Unreadable(unreadable(self.source, number, error))
 
 
 class ShardLoader:
@@ -198,10 +199,11 @@ class ShardLoader:
         workers: int,
         finish: BatchAugment | None = None,
     ) -> None:
-        self.batches, self.normalise, self.device, self.finish = batches, normalise, device, finish
+        self.batches, self.device = batches, device
+        self._arrived = partial(arrived, device=device, normalise=normalise, finish=finish)
         self.samples = sum(len(row) for row in batches.rows(0))
         self._reading = partial(_Reading, source, batches, transform)
-        self._start = _by_workers(device, workers, batches.seed, batch_size=None, collate_fn=_as_it_is)
+        self._start = by_workers(device, workers, batches.seed, batch_size=None, collate_fn=_as_it_is)
 
     def __len__(self) -> int:
         """Batches per epoch on this rank."""
@@ -209,16 +211,16 @@ class ShardLoader:
 
     def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """See `Loader.epoch`."""
-        _check_start(self, start)
+        check_start(self, start)
         return self._epoch(epoch, start)
 
     def _epoch(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         broken = None
         for batch, sample in enumerate(self._start(self._reading(epoch, start)), start):
-            if isinstance(sample, _Unreadable):
+            if isinstance(sample, Unreadable):
                 broken = str(sample)
                 break
-            yield _arrived(self, sample, epoch, batch)
+            yield self._arrived(sample, epoch, batch)
         if broken is not None:
             raise ValueError(broken)
 

@@ -12,7 +12,7 @@ from timm.models import save_for_hf
 
 from ..config import ConfigError
 from ..data import CROP_PCT, INTERPOLATION
-from ..data.loaders import ArrayLoader
+from ..data.from_memory import ArrayLoader
 from ..models import Found
 from .context import Context, Model
 

@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from ..training import runfolder
 from . import figures, plots, similarity
-from .verdict import beside
+from .verdict import beside, verdict
 from .view import View
 
 SECTIONS = {
@@ -46,6 +46,7 @@ def render(views: Sequence[View], device: torch.device) -> str:
         views=views,
         css=Markup((place / "report.css").read_text(encoding="utf-8")),
         sections=list(SECTIONS.items()),
+        verdicts=[verdict(view.rows, view.images) for view in views],
         beside=[beside(views[0], view) if i else "" for i, view in enumerate(views)],
         accuracy=plots.curves(lines, "test top-1 (%)") if lines else "",
         accuracy_lines=lines,

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from .figures import gain
-
-if TYPE_CHECKING:
-    from .view import Row, View
+from .view import Row, View
 
 CLEAR = 2.0
 """Standard errors beyond which a gain is called one."""

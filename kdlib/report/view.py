@@ -14,7 +14,6 @@ from .changes import changes
 from .opened import Member, Opened, metrics
 from .similarity import similarity
 from .timing import Step, time_step
-from .verdict import verdict
 
 CLASSES = 30
 """So many are shown at most."""
@@ -75,10 +74,6 @@ class View:
     @property
     def config(self) -> str:
         return dump(runfolder.resolved(self.opened.recipe))
-
-    @property
-    def verdict(self) -> str:
-        return verdict(self.rows, self.images)
 
     @property
     def teachers(self) -> list[Member]:
