@@ -205,6 +205,39 @@ def test_a_folder_that_is_taken_is_told_before_anything_is_trained(tmp_path: Pat
     assert not list((tmp_path / "out").glob("*/log"))
 
 
+def _killed(recipe):
+    if "killed" in recipe.output.name:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return _noted(recipe)
+
+
+def test_a_killed_process_costs_its_run_and_no_later_one(tmp_path: Path) -> None:
+    (tmp_path / "scale.yaml").write_text(SCALE)
+    study = Study("s", {"first": [], "killed": [], "last": []}, {})
+    planned = recipes(study, tmp_path / "scale.yaml", 2, tmp_path / "out", [])
+    found = run(study, planned, _killed, jobs=1)
+    assert found.top1["first"] == found.top1["last"] == {0: 50.0, 1: 51.0}
+    assert set(found.failed) == {"killed-0", "killed-1"}
+    assert all("was killed (for memory?); the same command goes on" in reason for reason in found.failed.values())
+
+
+def _teacher_fails(recipe):
+    if "gfnet" in recipe.output.name:
+        raise RuntimeError("no luck")
+    return _noted(recipe)
+
+
+def test_a_student_whose_teacher_failed_is_not_begun(tmp_path: Path) -> None:
+    wide = "wide: {name: gfnet_h_nano, recipe: {terms: {label: {loss: cross_entropy}}, epochs: 1}}"
+    (tmp_path / "scale.yaml").write_text(SCALE.replace("teachers: {", f"teachers: {{{wide}, "))
+    study = Study("s", {"one": ["terms.soft.teacher=wide"], "other": ["terms.soft.teacher=twin"]}, {})
+    planned = recipes(study, tmp_path / "scale.yaml", 1, tmp_path / "out", [])
+    found = run(study, planned, _teacher_fails, jobs=2)
+    (teacher,) = (name for name in found.failed if name.startswith("gfnet_h_nano-"))
+    assert found.failed == {teacher: "no luck", "one-0": f"its teacher {teacher} failed"}
+    assert set(found.top1) == {"teacher twin metaformer_pool_nano", "other"}
+
+
 def _patient(recipe):  # the teacher "wide" takes until a student of the other teacher has ended
     until = time.monotonic() + 60
     while "gfnet" in recipe.output.name and not (recipe.output.parent / "quick-0" / "summary.json").exists():
@@ -252,9 +285,9 @@ def test_runs_take_turns_at_the_cards_that_are_visible(monkeypatch: pytest.Monke
         if visible is not None:
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         assert pool.cards() == expected
-    with pool.pool(4) as workers:
-        seen = list(workers.map(_visible, [0.5] * 4))
-    assert sorted(seen) == ["2", "2", "3", "3"]
+    with pool.Workers(4) as workers:
+        running = [workers.submit(_visible, 0.5) for _ in range(4)]
+    assert sorted(each.result() for each in running) == ["2", "2", "3", "3"]
 
 
 def _visible(seconds: float) -> str:  # long enough for each process to take one

@@ -4,21 +4,46 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.queues import SimpleQueue
+from typing import TypeVar
 
 import torch
 
 from ..training.place import cores
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
+Given = TypeVar("Given")
+Answer = TypeVar("Answer")
 
 
-def pool(jobs: int) -> ProcessPoolExecutor:
+class Workers:
     """``jobs`` processes, which take turns at the GPUs that this one sees.
 
-    Each compiles, if it does, on its share of the cores; by itself it would take all.
+    Each compiles, if it does, on its share of the cores; by itself it would take all. Where one is killed, so are all,
+    as ``concurrent.futures`` has it, and what is submitted next gets new processes.
     """
+
+    def __init__(self, jobs: int) -> None:
+        self.jobs, self.pool = jobs, _pool(jobs)
+
+    def submit(self, function: Callable[[Given], Answer], given: Given) -> Future[Answer]:
+        try:
+            return self.pool.submit(function, given)
+        except BrokenProcessPool:
+            self.pool = _pool(self.jobs)
+            return self.pool.submit(function, given)
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.pool.shutdown()
+
+
+def _pool(jobs: int) -> ProcessPoolExecutor:
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, cores() // jobs)))
     context = multiprocessing.get_context("spawn")
     if not (names := cards()):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from ..progress import bar, say
 from ..recipe import Recipe, load_children
 from ..training import runfolder
 from .paired import Mean, difference, mean
-from .pool import pool
+from .pool import Workers
 from .rows import Key, Study
 
 Train = Callable[[Recipe], dict[str, float]]
@@ -61,7 +62,7 @@ def run(study: Study, planned: Mapping[Key, Recipe], train: Train, jobs: int) ->
     for recipe in recipes.values():
         runfolder.check_free(recipe)  # now, and not after an hour of the others
     failed: dict[str, str] = {}
-    with bar(study.title, len(recipes)) as shown, pool(jobs) as workers:
+    with bar(study.title, len(recipes)) as shown, Workers(jobs) as workers:
         for text in _trained(recipes, needs, lambda recipe: workers.submit(train, recipe), jobs, failed):
             shown.say(text)
             shown.advance()
@@ -119,11 +120,20 @@ def _trained(
     stopped, nothing begins any more."""
     waiting, ended = dict(recipes), set[Path]()
     running: dict[Running, Path] = {}
+
+    def lose(path: Path, reason: str) -> str:
+        failed[path.name] = reason
+        say(f"{path.name}: {reason}")
+        return f"{path.name} failed"
+
     while waiting or running:
         for path in [path for path in waiting if needs[path] <= ended]:
             if (result := _finished(waiting[path])) is not None:
                 ended.add(path)
                 yield f"{path.name} {result['top1']:.2f} %"
+            elif lost := [need.name for need in needs[path] if need.name in failed]:
+                ended.add(path)
+                yield lose(path, f"its teacher {lost[0]} failed")
             elif len(running) < jobs:
                 running[submit(waiting[path])] = path
             else:
@@ -135,9 +145,13 @@ def _trained(
             try:
                 yield f"{path.name} {future.result()['top1']:.2f} %"
             except Exception as error:  # a run may fail in any way; the others are worth their time all the same
-                failed[path.name] = " ".join(str(error).split())[:300] or type(error).__name__
-                say(f"{path.name}: {failed[path.name]}")
-                yield f"{path.name} failed"
+                yield lose(path, _what_failed(error))
+
+
+def _what_failed(error: Exception) -> str:
+    if isinstance(error, BrokenProcessPool):
+        return "its process, or that of a run beside it, was killed (for memory?); the same command goes on with it"
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _finished(recipe: Recipe) -> dict[str, float] | None:
