@@ -107,6 +107,7 @@ HELP = [
     "kdlib shards /data/set train='train-*.tar' …",
     "kdlib shards /data/set train='train-*.tar' validation='val-*.tar' --classes names.txt",
     *(f"{FSDP} --fsdp_auto_wrap_policy {policy} run.py" for policy in POLICIES),
+    f"{STUDY} ladder --data fashion_mnist_5k --seeds 5 --jobs 16",
     f"{STUDY} ladder --data fashion_mnist_5k --seeds 5 --jobs 30 {GRAPHS}",
     f"{STUDY} imitation --data fashion_mnist_5k --seeds 5 --jobs 10 {GRAPHS}",
     f"{STUDY} imitation --data fashion_mnist --seeds 3 --rows labels soft 'relation alone' 'windows, λ of the paper' "
