@@ -5,7 +5,6 @@ from __future__ import annotations
 from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from time import perf_counter
 
@@ -15,14 +14,13 @@ from accelerate.utils import set_seed
 from timm.utils import ModelEmaV3
 
 from .data import Data
-from .distiller import Distiller
+from .engine import engine, settle
 from .progress import say
 from .ready import Ready, get_ready
 from .recipe import Recipe, build, weights
-from .teacher import Teacher
 from .training import faults, runfolder, sharding, tracking
 from .training.evaluation import evaluate
-from .training.place import channels_last, start
+from .training.place import start
 from .training.ranks import on_main
 from .training.train import Training
 
@@ -114,21 +112,16 @@ def _make(ready: Ready, accelerator: Accelerator) -> Outcome:
 
 def _train(ready: Ready, accelerator: Accelerator) -> tuple[dict[str, float], torch.nn.Module, torch.nn.Module | None]:
     """The last evaluation, the trained student, and its moving average where there is one."""
-    recipe, terms, data, panel = ready.recipe, ready.plan.terms, ready.data, ready.panel
+    recipe, data = ready.recipe, ready.data
     set_seed(recipe.seed, device_specific=True)  # what was drawn above depends on what was there already
-    last = channels_last(recipe.channels_last, ready.student, accelerator)
-    memory = torch.channels_last if last else torch.preserve_format
-    student = ready.student.to(accelerator.device, memory_format=memory)  # type: ignore[call-overload]
+    last, student = settle(ready, accelerator), ready.student
     ema = ModelEmaV3(student, recipe.ema.decay, use_warmup=recipe.ema.warmup) if recipe.ema is not None else None
     untouched = deepcopy(student).cpu() if accelerator.is_fsdp2 else None  # what is trained there are pieces
-    half = torch.bfloat16 if recipe.precision == "bf16" else None  # float16 does not hold every feature
-    distiller = Distiller(student, terms, dtype=half).to(accelerator.device)
-    tell = partial(Teacher, dtype=half, autocast=recipe.teacher_autocast, channels_last=last)
-    teacher = tell(panel, terms, prepare=ready.prepare) if panel else None
+    distiller, teacher = engine(ready, accelerator.device, last)
     optimizer = build.build_optimizer(recipe.optimizer, distiller)
     training = Training(
         distiller,
-        teacher and teacher.to(accelerator.device),
+        teacher,
         data,
         optimizer,
         build.build_scheduler(recipe, optimizer, len(data.train) // recipe.accumulate),

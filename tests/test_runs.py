@@ -201,7 +201,9 @@ def test_teachers_without_autocast_are_in_bfloat16_and_what_is_kept_of_them_is_n
     folder: Path, tmp_path: Path, fresh_state: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[Teacher] = []
-    monkeypatch.setattr(runs, "Teacher", lambda *given, **named: made.append(Teacher(*given, **named)) or made[-1])
+    monkeypatch.setattr(
+        "kdlib.engine.Teacher", lambda *given, **named: made.append(Teacher(*given, **named)) or made[-1]
+    )
     settings = ["precision=bf16", "teacher_autocast=false", "epochs=1", "baseline=null"]
     outcome = runs.run(whole(folder, tmp_path / "run", *settings))
     (teacher,) = made

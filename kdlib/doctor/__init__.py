@@ -12,10 +12,10 @@ from torch import Tensor
 from .. import runs
 from ..data import with_targets
 from ..distiller import Distiller
+from ..engine import engine, settle
 from ..plan import Plan
 from ..recipe import Recipe
 from ..recipe.weights import Convert, inherit
-from ..teacher import Teacher
 from ..training.compiling import resolve
 from .balance import Weighed, weigh
 from .cost import Cost, estimate
@@ -71,9 +71,8 @@ def doctor(
     if recipe.student.init is not None:
         inherit(ready.student, ready.panel[recipe.student.init])
     set_seed(recipe.seed)
-    device, terms = accelerator.device, ready.plan.terms
-    distiller = Distiller(ready.student.to(device), terms).to(device)
-    teacher = Teacher(ready.panel, terms, prepare=ready.prepare).to(device) if ready.panel else None
+    device = accelerator.device
+    distiller, teacher = engine(ready, device, settle(ready, accelerator))
     given = list(_batches(ready, distiller, batches))
     weighed = weigh(distiller, teacher, given, accelerator)
     compiled = None if backend is None else try_compile(distiller, teacher, given[0], accelerator, backend)

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 
 from ..data import with_targets
 from ..distiller import Distiller
+from ..engine import engine, settle
 from ..ready import Ready
 from ..recipe import build
 from ..teacher import Teacher
@@ -96,9 +97,7 @@ def estimate(ready: Ready, distiller: Distiller, teacher: Teacher | None, accele
 
 
 def _of_child(ready: Ready, accelerator: Accelerator, steps: int) -> Cost:
-    device, terms = accelerator.device, ready.plan.terms
-    distiller = Distiller(ready.student.to(device), terms).to(device)
-    teacher = Teacher(ready.panel, terms, prepare=ready.prepare).to(device) if ready.panel else None
+    distiller, teacher = engine(ready, accelerator.device, settle(ready, accelerator))
     try:
         return estimate(ready, distiller, teacher, accelerator, steps)
     finally:
