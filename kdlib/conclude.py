@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,7 +29,7 @@ def conclude(
     parts = {f"teacher {name}": teacher for name, teacher in outcome.teachers.items()}
     parts |= {"baseline": outcome.baseline} if outcome.baseline else {}
     parts |= {"student": outcome}
-    shown = [(what, o.name, o.student, o.result.get("top1", math.nan)) for what, o in parts.items()]
+    shown = [(what, o.name, o.net, o.result["top1"]) for what, o in parts.items()]
     shown += [(what, outcome.name, net, top1) for what, (net, top1) in (derived or {}).items()]
     speeds = results.throughput([net for _, _, net, _ in shown], next(outcome.data.test.epoch(0))[0])
     rows = [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import torch
 from accelerate import Accelerator
 
@@ -26,6 +28,8 @@ def engine(ready: Ready, device: torch.device, last: bool) -> tuple[Distiller, T
     distiller = Distiller(ready.student, terms, dtype=half).to(device)
     if not panel:
         return distiller, None
+    if not recipe.teacher_autocast:
+        panel = deepcopy(panel)  # what is converted is not what is measured afterwards
     teacher = Teacher(
         panel, terms, prepare=ready.prepare, dtype=half, autocast=recipe.teacher_autocast, channels_last=last
     )

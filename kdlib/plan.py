@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -69,7 +70,8 @@ def fit(
     """Runs both models once on a few images and sizes everything that training needs.
 
     The layout of every tapped tensor is told (or asked for), each ``adapter`` is built where the shapes of a pair
-    differ, and learnable losses learn their sizes. Nothing of either model changes, except that the teacher is frozen.
+    differ, and learnable losses learn their sizes. Nothing of either model changes, except that the teacher is frozen,
+    and not even that where something is wrong.
 
     Args:
         terms: what the student learns from.
@@ -81,11 +83,38 @@ def fit(
         ValueError: a layout that cannot be told; a pair of different shapes in a term without an adapter; teacher and
             student with different numbers of classes; a tap that does not exist.
     """
-    terms = check_terms(terms)
+    with _untouched_if_it_fails(teacher):
+        return _fit(check_terms(terms), student, teacher, images, prepare)
+
+
+@contextmanager
+def _untouched_if_it_fails(model: nn.Module) -> Iterator[None]:
+    """Puts modes and gradients of a model back where what is done ends in an error: the two may have been swapped."""
+    modes = {module: module.training for module in model.modules()}
+    trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        yield
+    except Exception:
+        for module, mode in modes.items():
+            module.training = mode
+        for parameter, asked in trained.items():
+            parameter.requires_grad_(asked)
+        raise
+
+
+def _fit(
+    terms: Sequence[Term],
+    student: nn.Module,
+    teacher: nn.Module,
+    images: Tensor,
+    prepare: nn.Module | Mapping[str, nn.Module] | None,
+) -> Plan:
     hooked = Teacher(teacher, terms, prepare=prepare)
-    targets = hooked(images)
-    for taps in hooked.taps.values():
-        taps.remove()
+    try:
+        targets = hooked(images)
+    finally:
+        for taps in hooked.taps.values():
+            taps.remove()
     seen = _look(student, terms, images)
     fitted, rows = [], []
     for term in terms:

@@ -45,6 +45,13 @@ class Outcome:
     baseline: Outcome | None = None
     seconds: float = 0.0
     """What making it took, with the teachers and the baseline that were not there yet; as then, if it is read back."""
+    prepare: torch.nn.Module | None = None
+    """What turns the data's images into those that it expects, if anything has to."""
+
+    @property
+    def net(self) -> torch.nn.Module:
+        """The student, to be asked with the data's images."""
+        return self.student if self.prepare is None else torch.nn.Sequential(self.prepare, self.student)
 
 
 def run(
@@ -103,9 +110,10 @@ def _make(ready: Ready, accelerator: Accelerator) -> Outcome:
     outcome.result = result
     for name, spec in recipe.teachers.items():
         if name not in teachers:
-            member = panel[name].to(accelerator.device)
-            measured = {} if name in ready.prepare else evaluate(member, ready.data.test, accelerator)
-            teachers[name] = Outcome(spec.name, recipe.output, member, ready.data, measured, accelerator)
+            member, prepare = panel[name].to(accelerator.device), ready.prepare.get(name)
+            prepare = prepare and prepare.to(accelerator.device)
+            teachers[name] = Outcome(spec.name, recipe.output, member, ready.data, {}, accelerator, prepare=prepare)
+            teachers[name].result = evaluate(teachers[name].net, ready.data.test, accelerator)
     outcome.seconds = outcome.seconds or perf_counter() - began
     return outcome
 

@@ -55,20 +55,23 @@ class Teacher(nn.Module):
         super().__init__()
         if dtype is None and not autocast:
             raise ValueError("autocast=False converts the teacher's weights to dtype=, which is None; name one")
-        self.model = model.eval().requires_grad_(False)
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise TypeError(f"dtype is a floating point type such as torch.bfloat16, got {dtype!r}")
+        self.model = model
         self.terms = check_terms(terms)
         self.dtype, self.converted = dtype, not autocast
-        if self.converted:
-            self.model.to(dtype)
         self.memory_format = torch.channels_last if channels_last else torch.preserve_format
-        self.model.to(memory_format=self.memory_format)
         self.members: dict[str, nn.Module] = dict(model.items()) if isinstance(model, Panel) else {"": model}
         given = {} if prepare is None else {"": prepare} if isinstance(prepare, nn.Module) else dict(prepare)
         if unknown := set(given) - set(self.members):
-            raise ValueError(f"prepare= names {sorted(unknown)}, the teacher has {sorted(self.members)}")
+            has = "is one model; give the module itself" if "" in self.members else f"has {sorted(self.members)}"
+            raise ValueError(f"prepare= names {sorted(unknown)}, the teacher {has}")
         self.prepare = nn.ModuleDict({name or "@": module.eval() for name, module in given.items()})
         self.taps = {name: Taps(member, self._inside(name)) for name, member in self.members.items()}
         self._listen(self.terms)
+        self.model.eval().requires_grad_(False).to(memory_format=self.memory_format)  # now that nothing is wrong
+        if self.converted:
+            self.model.to(dtype)
 
     def _split(self, tap: str) -> tuple[str, str]:
         """(member, tap inside it) that a teacher tap means."""

@@ -18,7 +18,7 @@ import recipes.riformer.model  # noqa: F401  registers the models
 from kdlib import cli, runs
 from kdlib.cli.export import FORMATS as NAMES
 from kdlib.config import ConfigError, read
-from kdlib.export import FORMATS, compare, export, probe_images
+from kdlib.export import FORMATS, compare, export, hub, probe_images
 from kdlib.models import Found, find_model
 from kdlib.recipe import load
 
@@ -97,6 +97,12 @@ def test_the_folder_is_what_the_hub_serves(timm_run: Found, tmp_path: Path, monk
     model = timm.create_model("hf-hub:me/student", pretrained=True).eval()
     images = timm_run.noise(4)
     torch.testing.assert_close(model(images), timm_run.model(images))
+
+
+def test_an_argument_that_was_taken_away_is_not_written(timm_run: Found, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``channels: null`` over a base that has it: timm drops what is None when a run builds its model."""
+    monkeypatch.setitem(timm_run.recipe.student.model_extra, "channels", None)
+    assert "channels" in timm_run.recipe.student.arguments and "channels" not in hub.build_args(timm_run, {})
 
 
 def test_a_riformer_is_fused_and_needs_its_module(riformer: Found, tmp_path: Path) -> None:

@@ -152,3 +152,25 @@ def test_a_loss_that_learns_serves_features_of_one_size(
 def test_a_loss_that_remembers_images_takes_one_pair(student: nn.Module, teacher: nn.Module) -> None:
     with pytest.raises(ValueError, match=r"term 'crd': its loss remembers one feature of each image.*got 2; give each"):
         kd.Term("crd", CRD(40, 4, 8), pairs=kd.pair(student, teacher, "stages.*.blocks.-1"))
+
+
+def test_a_model_given_in_the_wrong_place_is_as_it_was(student: nn.Module, wide: nn.Module, images: Tensor) -> None:
+    """A notebook goes on after the mistake."""
+    student.stem.requires_grad_(False)
+    before = [parameter.requires_grad for parameter in student.parameters()]
+    terms = [kd.Term("block", FeatureMSE(), pairs=[kd.Pair("stem", "stem")])]
+    with pytest.raises(ValueError, match="adapter"):
+        kd.fit(terms, wide, student, images)
+    misspelt = [kd.Term("block", FeatureMSE(), pairs=[kd.Pair("stem", "stm")])]
+    for attempt in (
+        lambda: kd.Teacher(student, misspelt, dtype=torch.bfloat16, autocast=False),
+        lambda: kd.Teacher(student, terms, prepare={"big": nn.Identity()}),
+        lambda: kd.Teacher(student, terms, dtype=torch.int8),
+        lambda: kd.Teacher(student, terms, dtype="bf16"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=r"stm|give the module itself|bfloat16, got"):
+            attempt()
+    assert [parameter.requires_grad for parameter in student.parameters()] == before
+    assert all(module.training for module in student.modules())
+    assert {parameter.dtype for parameter in student.parameters()} == {torch.float32}
+    assert not any(module._forward_hooks for module in student.modules())

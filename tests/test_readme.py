@@ -105,7 +105,7 @@ def test_the_number_of_losses_is_right() -> None:
 def test_the_error_line_is_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
     from kdlib import launch
 
-    command, line = re.search(r"\$ accelerate launch recipes/riformer/run.py (.*)\n(.*)\n", README).groups()
+    command, line = re.search(r"\$ python recipes/riformer/run.py (.*)\n(.*)\n", README).groups()
     default = ROOT / "recipes" / "riformer" / "configs" / "default.yaml"
     assert launch.main(lambda _: None, default=default, arguments=command.split()) == 2
     assert capsys.readouterr().err.strip() == line

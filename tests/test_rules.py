@@ -23,7 +23,8 @@ FLOORS = {
     "signals": 0,
     "config": 1, "plugins": 1, "terms": 1, "teacher": 1, "distiller": 1, "plan": 1, "inspect": 1, "__init__": 1,
     "data": 2, "recipe": 2, "results": 2, "pairs": 2,
-    "training": 3, "ready": 3, "engine": 3, "runs": 3, "dryrun": 3, "models": 3, "export": 3, "doctor": 3, "conclude": 3,
+    "training": 3, "ready": 3, "engine": 3, "runs": 3, "dryrun": 3, "models": 3, "export": 3, "doctor": 3,
+    "conclude": 3,
     "launch": 4, "usage": 4, "study": 4, "report": 4, "cli": 4, "__main__": 4,
 }  # fmt: skip
 """Where each file or package of kdlib lives; it imports from its own floor or from below."""

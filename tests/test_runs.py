@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from kdlib import runs
+from kdlib import Renormalize, runs
+from kdlib.conclude import conclude
 from kdlib.config import ConfigError, read
 from kdlib.recipe import Recipe, load
 from kdlib.teacher import Teacher
@@ -215,6 +216,38 @@ def test_teachers_without_autocast_are_in_bfloat16_and_what_is_kept_of_them_is_n
         assert {value.dtype for value in taught.values()} == {torch.bfloat16}
     assert {parameter.dtype for parameter in outcome.student.parameters()} == {torch.float32}
     assert outcome.result["test_loss"] < 5
+
+
+@pytest.mark.parametrize("settings", [[], ["precision=bf16", "teacher_autocast=false"]], ids=["plain", "in bfloat16"])
+def test_a_given_teacher_of_other_images_is_measured_on_its_own(
+    settings: list[str], folder: Path, tmp_path: Path, fresh_state: None
+) -> None:
+    torch.manual_seed(0)
+    net = timm.create_model("gfnet_h_nano", img_size=32, num_classes=3).eval()
+    save_file(net.state_dict(), tmp_path / "big.safetensors")
+    given = f"weights: '{tmp_path}/big.safetensors', mean: [0.2, 0.3, 0.4], std: [0.5, 0.6, 0.7]"
+    teacher = f"teachers={{big: {{name: gfnet_h_nano, img_size: 32, size: 32, {given}}}}}"
+    terms = "terms={soft: {loss: soft_target, teacher: big}}"
+    outcome = runs.run(plain(folder, tmp_path / "run", teacher, terms, *settings, epochs=1))
+    rows = {row.what: row for row in conclude(outcome)}
+
+    images, labels = zip(*outcome.data.test.epoch(0), strict=True)
+    bridge = Renormalize(outcome.data.mean, outcome.data.std, (0.2, 0.3, 0.4), (0.5, 0.6, 0.7), size=(32, 32))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bool(settings)):
+        right = net(bridge(torch.cat(images))).argmax(1) == torch.cat(labels)
+    assert rows["teacher big"].top1 == pytest.approx(100 * right.float().mean().item())
+    assert rows["teacher big"].images_per_second > 0
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is no JSON")
+
+    json.loads((tmp_path / "run" / "summary.json").read_text(), parse_constant=refuse)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 needs a GPU, and here is one")
+def test_a_precision_that_a_cpu_does_not_have_is_refused(folder: Path, tmp_path: Path, fresh_state: None) -> None:
+    found = lines(runs.run, plain(folder, tmp_path / "run", "precision=fp16"))
+    assert found == ["precision: fp16 needs a GPU, and there is none; say bf16 or none"]
 
 
 def test_a_teacher_that_insists_on_float32_is_told_before_anything_is_made(

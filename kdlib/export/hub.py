@@ -29,7 +29,8 @@ def home(name: str) -> str | None:
 def build_args(found: Found, extra: dict[str, Any]) -> dict[str, Any]:
     """What ``timm.create_model`` takes beside the name: the recipe's arguments, classes and channels of the data."""
     assert found.recipe is not None and found.data is not None
-    own = {key: value for key, value in found.recipe.student.arguments.items() if key != "pretrained"}
+    given = found.recipe.student.arguments.items()
+    own = {key: value for key, value in given if key != "pretrained" and value is not None}  # timm drops None, too
     channels = {} if found.data.channels == 3 else {"in_chans": found.data.channels}
     return {"num_classes": len(found.data.classes), **channels, **own, **extra}
 

@@ -122,10 +122,9 @@ def check_answers(
 
 @torch.no_grad()
 def _in_bfloat16(model: nn.Module, images: Tensor, where: str) -> None:
-    """Lets the shapes of a converted copy pass through it, for a layer that insists on another precision."""
-    shapes = deepcopy(model).to("meta", torch.bfloat16).eval()
+    """Asks a converted copy, for a layer that insists on another precision."""
     try:
-        shapes(images.to("meta", torch.bfloat16))
+        deepcopy(model).to(torch.bfloat16).eval()(images.bfloat16())
     except Exception as error:  # as above
         what = f"{where} does not compute in bfloat16 throughout: {_line(error)}"
         raise ConfigError([f"teacher_autocast: {what}; say teacher_autocast: true"]) from None

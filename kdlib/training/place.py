@@ -38,6 +38,8 @@ def start(recipe: Recipe) -> Accelerator:
         raise ConfigError([f"{what}: {' '.join(str(error).split())}"]) from None
     except torch.distributed.DistError as error:
         raise ConnectionError(f"launch: the processes cannot meet ({' '.join(str(error).split())[:200]})") from None
+    if recipe.precision == "fp16" and accelerator.device.type == "cpu":  # where autocast passes it over in silence
+        raise ConfigError(["precision: fp16 needs a GPU, and there is none; say bf16 or none"])
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world != accelerator.num_processes:
         raise ConfigError(
