@@ -68,7 +68,7 @@ def listen() -> Iterator[Asked]:
         asked.number, _finishing[0] = number, 1
 
     try:
-        with _handling({signal.SIGTERM: note, signal.SIGINT: note}):
+        with handling({signal.SIGTERM: note, signal.SIGINT: note}):
             yield asked
         asked.close()
     finally:
@@ -82,7 +82,7 @@ def ending() -> Iterator[None]:
     def end(number: int, frame: FrameType | None) -> None:
         raise Stopped(number)
 
-    with _handling({signal.SIGTERM: end}):
+    with handling({signal.SIGTERM: end}):
         yield
 
 
@@ -103,7 +103,8 @@ def calm(worker: int) -> None:
 
 
 @contextmanager
-def _handling(handlers: dict[signal.Signals, Any]) -> Iterator[None]:
+def handling(handlers: dict[signal.Signals, Any]) -> Iterator[None]:
+    """Inside, these signals have these handlers; in any thread but the main one, their own."""
     if threading.current_thread() is not threading.main_thread():  # there Python allows no handlers
         yield
         return

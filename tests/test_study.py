@@ -112,6 +112,45 @@ def test_the_share_of_the_gap_and_the_difference() -> None:
     assert plain["summary"]["b"]["difference"]["mean"] == 5.5 and plain["top1"]["b"] == {"0": 85.0, "1": 88.0}
 
 
+def test_no_share_of_a_gap_that_is_not_open() -> None:
+    study = Study("t", {"a": [], "b": []}, {"b": "a"}, ("a", "teacher w"))
+    for teacher in (10.0, 9.0):
+        found = Results(study, {"teacher w x": {0: teacher}, "a": {0: 10.0}, "b": {0: 11.0}})
+        assert [share for *_, share in found.summary()] == [None, None, None]
+        assert "of gap" not in [column.header for column in show.table(found).columns]
+
+
+def test_more_seeds_than_statistics_are_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(_noted, tmp_path, tmp_path, ["ladder", "--data", "scale", "--seeds", "32"])
+    assert stopped.value.code == 2 and "statistics are for at most 31 seeds (got 32)" in capsys.readouterr().err
+
+
+def test_of_a_launchers_processes_the_first_one_is_the_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`accelerate launch` starts one for each GPU where it is not told otherwise."""
+    (tmp_path / "scale.yaml").write_text(SCALE)
+    (tmp_path / "ladder.yaml").write_text(STUDY)
+    given = ["ladder", "--data", "scale", "--seeds", "1", "--out", str(tmp_path / "out")]
+    launched = {
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "1",
+        "RANK": "1",
+        "MASTER_ADDR": "localhost",
+        "TORCHELASTIC_RUN_ID": "1",
+    }
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
+    assert main(_noted, tmp_path, tmp_path, given) == 0 and not (tmp_path / "out").exists()
+    monkeypatch.setenv("RANK", "0")
+    assert main(_launched, tmp_path, tmp_path, given) == 0
+    assert json.loads((tmp_path / "out" / "study.json").read_text())["top1"]["both"] == {"0": 50.0}
+
+
+def _launched(recipe):
+    assert not {"WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "TORCHELASTIC_RUN_ID"} & set(os.environ)
+    return _noted(recipe)
+
+
 def test_the_plot_shows_every_row(tmp_path: Path) -> None:
     show.plot(results(), tmp_path / "study.png")
     pixels = image.imread(tmp_path / "study.png")[..., :3]
@@ -142,6 +181,9 @@ def test_a_wrong_study_is_one_line(tmp_path: Path, text: str, what: str) -> None
         (["ladr", "--data", "scale"], "study: no 'ladr' (known: ladder)"),
         (["ladder", "--data", "imagnet"], "--data: no 'imagnet' (known: scale)"),
         (["ladder", "--data", "scale", "--rows", "sof"], "--rows: no row 'sof'; did you mean 'soft'?"),
+        (["ladder", "--data", "scale", "seed=7"], "command line: seed: a study has --seeds for it; leave it out"),
+        (["ladder", "--data", "scale", "output=x"], "command line: output: a study has --out for it; leave it out"),
+        (["ladder", "--data", "scale", "data.root=/nowhere", "data.name=folder"], "data: "),
         (["ladder", "--data", "scale", "--frobnicate"], "unknown argument --frobnicate"),
         (["ladder", "--data", "scale", "epoch=3"], "row 'soft': command line: epoch: unknown key"),
     ],
@@ -302,6 +344,38 @@ def start(folder: Path) -> subprocess.Popen[str]:
         [sys.executable, str(SCRIPT), *given, "--out", str(folder / "out")],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True,
     )  # fmt: skip
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="children are told by /proc")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
+def test_where_a_study_ends_its_processes_end(tmp_path: Path, number: signal.Signals) -> None:
+    (tmp_path / "scale.yaml").write_text(SCALE.replace("epochs: 1}", "epochs: 500}"))
+    (tmp_path / "study.yaml").write_text(STUDY)
+    process = start(tmp_path)
+    until = time.monotonic() + 120
+    while not list(tmp_path.glob("out/metaformer_pool_nano-*/metrics.jsonl")):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < until, "no teacher began"
+        time.sleep(0.05)
+    children = [int(pid) for task in Path(f"/proc/{process.pid}/task").iterdir()
+                for pid in (task / "children").read_text().split()]  # fmt: skip
+    assert children
+    process.send_signal(number)
+    told, _ = process.communicate(timeout=60)  # which waits for all who hold its output
+    assert process.returncode in (128 + number, -number) and "Traceback" not in told, told
+    while any(map(alive, children)):
+        assert time.monotonic() < until, "processes of the study live on"
+        time.sleep(0.05)
+    (steps,) = tmp_path.glob("out/metaformer_pool_nano-*/checkpoints")
+    assert any(steps.iterdir())
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -13,12 +14,20 @@ from time import perf_counter
 import torch
 
 from ..config import ConfigError, is_assignment
-from ..launch import FAILED, STOPPED, WRONG_INPUT
+from ..launch import FAILED, WRONG_INPUT
 from ..progress import console, say
+from ..signals import ending
 from ..training import checkpoint
 from . import show
+from .paired import MOST
 from .rows import choose, load_study, recipes
 from .run import Train, gather, run
+
+LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK",
+            "ROLE_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT")  # fmt: skip
+"""What torchrun tells a process of its place among the others."""
+WIDE = 160
+"""Columns of the table where no terminal limits it."""
 
 
 def main(train: Train, studies: Path, scales: Path, arguments: Sequence[str] | None = None) -> int:
@@ -35,17 +44,18 @@ def main(train: Train, studies: Path, scales: Path, arguments: Sequence[str] | N
         for argument in rest:
             if not is_assignment(argument):
                 raise ConfigError([f"command line: unknown argument {argument}; values are written key=value"])
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            raise ConfigError(["launch: a study spreads its runs by itself; start one process and give --jobs"])
+        if not _leads():
+            return 0
         study = load_study(_file(given.study, studies, "study"))
         study = choose(study, given.rows) if given.rows else study
         folder = given.out or Path("runs") / "studies" / f"{Path(given.study).stem}-{Path(given.data).stem}"
         planned = recipes(study, _file(given.data, scales, "--data"), given.seeds, folder, rest)
-        stopped = False
+        stopped, failed = 0, dict[str, str]()
         try:
-            results = run(study, planned, train, given.jobs)
-        except KeyboardInterrupt:
-            stopped, results = True, gather(study, planned)
+            with ending():
+                results = run(study, planned, train, given.jobs, failed)
+        except KeyboardInterrupt as stop:
+            stopped, results = getattr(stop, "number", signal.SIGINT), gather(study, planned, failed)
     except ConfigError as error:
         print("\n".join(error.lines), file=sys.stderr)
         return WRONG_INPUT
@@ -57,16 +67,33 @@ def main(train: Train, studies: Path, scales: Path, arguments: Sequence[str] | N
             "torch": torch.__version__,
             "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         }
-        checkpoint.write_json(folder / "study.json", about | show.plain(results))
-        show.plot(results, folder / "study.png")
-        console.print(show.table(results))
+        console.print(show.table(results), width=None if console.is_terminal else WIDE)
+        try:
+            checkpoint.write_json(folder / "study.json", about | show.plain(results))
+            show.plot(results, folder / "study.png")
+        except OSError as error:
+            print(f"{folder}: the table above cannot be written there ({error.strerror or error})", file=sys.stderr)
+            return FAILED
         say(f"{perf_counter() - began:.0f} s; all in {folder}/ (study.json, study.png)")
     for name, reason in results.failed.items():
         print(f"{name}: {reason}", file=sys.stderr)
     if stopped:
         say("stopped; what is finished is above. The same command goes on")
-        return STOPPED
+        return 128 + stopped
     return FAILED if results.failed else 0
+
+
+def _leads() -> bool:
+    """Whether this process is the study. Of those that a launcher started, one for each GPU, the first one is, on all
+    GPUs; its runs must not take themselves for that launcher's."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return True
+    if os.environ.get("RANK", "0") != "0":
+        return False
+    for name in [*os.environ]:
+        if name in LAUNCHED or name.startswith("TORCHELASTIC_"):
+            del os.environ[name]
+    return True
 
 
 def _parser(studies: Path, scales: Path) -> argparse.ArgumentParser:
@@ -75,7 +102,7 @@ def _parser(studies: Path, scales: Path) -> argparse.ArgumentParser:
     parser.add_argument("study", help=f"a name ({known}) or a YAML file")
     known = ", ".join(sorted(path.stem for path in scales.glob("*.yaml")))
     parser.add_argument("--data", required=True, help=f"the scale: a name ({known}) or a YAML file")
-    parser.add_argument("--seeds", type=_count, default=3, help="seeds 0 … N-1 (default 3)")
+    parser.add_argument("--seeds", type=_few, default=3, help="seeds 0 … N-1 (default 3)")
     parser.add_argument("--rows", nargs="+", metavar="ROW", help="only these rows, and what they are compared with")
     parser.add_argument("--jobs", type=_count, default=1, help="runs at a time, over all visible GPUs (default 1)")
     parser.add_argument("--out", type=Path, help="folder of all runs (default runs/studies/STUDY-SCALE)")
@@ -85,6 +112,12 @@ def _parser(studies: Path, scales: Path) -> argparse.ArgumentParser:
 def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a number from 1 (got {text!r})")
+    return int(text)
+
+
+def _few(text: str) -> int:
+    if _count(text) > MOST:
+        raise argparse.ArgumentTypeError(f"statistics are for at most {MOST} seeds (got {text})")
     return int(text)
 
 

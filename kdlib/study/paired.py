@@ -13,6 +13,9 @@ T975 = (
 )
 """97.5 % quantile of Student's t with 1, 2, … 30 degrees of freedom."""
 
+MOST = len(T975) + 1
+"""Values that a mean can be taken of."""
+
 
 class Mean(NamedTuple):
     """A mean over seeds."""
@@ -32,8 +35,8 @@ def mean(values: Sequence[float]) -> Mean:
         ValueError: no values, or more than 31.
     """
     n = len(values)
-    if not 1 <= n <= len(T975) + 1:
-        raise ValueError(f"a mean over seeds takes 1 to {len(T975) + 1} values (got {n})")
+    if not 1 <= n <= MOST:
+        raise ValueError(f"a mean over seeds takes 1 to {MOST} values (got {n})")
     if n == 1:
         return Mean(float(values[0]), nan, inf, 1)
     sd = stdev(values)

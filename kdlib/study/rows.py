@@ -94,6 +94,9 @@ def recipes(study: Study, scale: Path, seeds: int, folder: Path, more: Sequence[
     Raises:
         ConfigError: a row that is no recipe; its name stands in front.
     """
+    for key, instead in (("seed", "--seeds"), ("output", "--out"), ("baseline", "a row of its own")):
+        if any(re.match(rf"{key}\b", given) for given in more):
+            raise ConfigError([f"command line: {key}: a study has {instead} for it; leave it out"])
     found = {}
     for seed in range(seeds):  # a study that is cut off has few seeds of every row, not every seed of few rows
         for name, parts in study.rows.items():

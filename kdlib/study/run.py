@@ -9,8 +9,11 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..progress import bar, say
-from ..recipe import Recipe, load_children
+import torch
+
+from ..config import ConfigError
+from ..progress import bar
+from ..recipe import Recipe, build, load_children
 from ..training import runfolder
 from .paired import Mean, difference, mean
 from .pool import Workers
@@ -40,7 +43,8 @@ class Results:
             share = None
             if low and high and seeds:
                 gained = mean([values[seed] - low[seed] for seed in seeds]).mean
-                share = gained / mean([high[seed] - low[seed] for seed in seeds]).mean
+                gap = mean([high[seed] - low[seed] for seed in seeds]).mean
+                share = gained / gap if gap > 0 else None  # nothing can be closed that is not open
             yield name, mean(list(values.values())), difference(values, other) if other else None, share
 
     def _named(self, name: str) -> dict[int, float] | None:
@@ -49,24 +53,37 @@ class Results:
         return self.top1.get(name) or (found[0] if name and found else None)
 
 
-def run(study: Study, planned: Mapping[Key, Recipe], train: Train, jobs: int) -> Results:
+def run(
+    study: Study, planned: Mapping[Key, Recipe], train: Train, jobs: int, failed: dict[str, str] | None = None
+) -> Results:
     """Trains what is not finished yet, each run once its teachers are there, and gathers the results.
 
-    ``jobs`` runs at a time, those that others wait for first. A run that fails is told and the others go on. Stopped
-    and started again, the study reads the finished runs back and the others go on from their last checkpoints.
+    ``jobs`` runs at a time, those that others wait for first. A run that fails is told, and noted in ``failed``; the
+    others go on. Stopped and started again, the study reads the finished runs back and the others go on from their
+    last checkpoints.
 
     Raises:
-        ConfigError: a folder that holds another run.
+        ConfigError: a folder that holds another run, data that are not there.
     """
     recipes, needs = _needs(planned)
-    for recipe in recipes.values():
-        runfolder.check_free(recipe)  # now, and not after an hour of the others
-    failed: dict[str, str] = {}
+    _check(recipes)
+    failed = {} if failed is None else failed
     with bar(study.title, len(recipes)) as shown, Workers(jobs) as workers:
         for text in _trained(recipes, needs, lambda recipe: workers.submit(train, recipe), jobs, failed):
             shown.say(text)
             shown.advance()
     return gather(study, planned, failed)
+
+
+def _check(recipes: Mapping[Path, Recipe]) -> None:
+    """What all runs would fail of, before the first begins: folders that are taken, the data of the first."""
+    try:
+        for recipe in recipes.values():
+            runfolder.check_free(recipe)
+    except ConfigError as error:
+        raise ConfigError([line.replace("output=…", "--out …") for line in error.lines]) from None
+    if unfinished := [recipe for recipe in recipes.values() if _finished(recipe) is None]:
+        build.open_data(unfinished[0], torch.device("cpu"), 0, 1)
 
 
 def gather(study: Study, planned: Mapping[Key, Recipe], failed: Mapping[str, str] | None = None) -> Results:
@@ -123,8 +140,7 @@ def _trained(
 
     def lose(path: Path, reason: str) -> str:
         failed[path.name] = reason
-        say(f"{path.name}: {reason}")
-        return f"{path.name} failed"
+        return f"{path.name} failed: {reason}"
 
     while waiting or running:
         for path in [path for path in waiting if needs[path] <= ended]:

@@ -6,6 +6,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from .paired import Mean
@@ -14,19 +15,22 @@ from .run import Results
 
 def table(results: Results) -> Table:
     """Mean ± standard deviation of each row, its paired difference with a 95 % interval, its share of the gap."""
-    built = Table(title=results.study.title, title_justify="left", title_style="bold")
+    summary = list(results.summary())
+    gap = any(share is not None for *_, share in summary)
+    built = Table(title=results.study.title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
     built.add_column("row", overflow="fold")
-    for name in ("top-1 %", "difference", "95 % interval", "of gap", "seeds"):
+    for name in ("top-1 %", "differs by", "95 % interval", *(["of gap"] if gap else []), "n"):
         built.add_column(name, justify="right", no_wrap=True)
-    built.add_column("compared with", overflow="fold")
-    for name, own, gain, share in results.summary():
+    built.add_column("from", overflow="fold")
+    for name, own, gain, share in summary:
         sd = f" ± {own.sd:.2f}" if own.n > 1 else ""
+        closed = "" if share is None else f"{round(100 * share)} %"
         built.add_row(
             name,
             f"{own.mean:.2f}{sd}",
             "" if gain is None else f"{gain.mean:+.2f}",
             _interval(gain),
-            "" if share is None else f"{100 * share:.0f} %",
+            *([closed] if gap else []),
             str(own.n),
             "" if gain is None else results.study.against[name],
         )
