@@ -129,6 +129,16 @@ def found(small_run: Path) -> Diagnosis:
     return doctor(load(read_config([str(small_run / "config.yaml"), *changes])), batches=2, backend=None)
 
 
+def test_a_variant_of_a_finished_run_is_examined_and_the_refusal_told(small_run: Path) -> None:
+    """The run's own folder is taken; its teachers beside it are found all the same."""
+    before = {path: path.stat().st_mtime_ns for path in small_run.rglob("*")}
+    found = doctor(load(read_config([str(small_run / "config.yaml"), "terms.soft.weight=2"])), batches=1, backend=None)
+    assert found.warnings[0].startswith("a run would be refused: output: ") and "another terms" in found.warnings[0]
+    assert all(teacher.trained for teacher in found.teachers)
+    assert {path: path.stat().st_mtime_ns for path in small_run.rglob("*")} == before
+    assert not list(small_run.parent.glob("* examined"))
+
+
 def test_finished_teachers_are_measured_as_their_runs_were(found: Diagnosis, small_run: Path) -> None:
     for teacher in found.teachers:
         folder = next(small_run.parent.glob(f"{teacher.model}-*"))

@@ -10,12 +10,14 @@ from accelerate.utils import set_seed
 from torch import Tensor
 
 from .. import runs
+from ..config import ConfigError
 from ..data import with_targets
 from ..distiller import Distiller
 from ..engine import engine, settle
 from ..plan import Plan
 from ..recipe import Recipe
 from ..recipe.weights import Convert, inherit
+from ..training import runfolder
 from ..training.compiling import resolve
 from .balance import Weighed, weigh
 from .cost import Cost, estimate
@@ -66,6 +68,7 @@ def doctor(
         ValueError: ``expect`` names no teacher of the recipe.
     """
     accelerator = accelerator or runs.start(recipe)
+    recipe, taken = _beside_what_is_there(recipe)
     ready = runs.get_ready(recipe, accelerator, convert)
     teachers = examine(ready, accelerator, images, expect)
     if recipe.student.init is not None:
@@ -78,12 +81,22 @@ def doctor(
     compiled = None if backend is None else try_compile(distiller, teacher, given[0], accelerator, backend)
     cost = estimate(ready, distiller, teacher, accelerator, batches)
     distiller.taps.remove()
-    warnings = list(_warnings(teachers, weighed))
+    warnings = [*taken, *_warnings(teachers, weighed)]
     if compiled is not None and compiled.error and resolve(recipe.compile.mode, device) is not None:
         warnings.append(
             f"compile.mode is {recipe.compile.mode}, but a step does not compile whole; it will run without"
         )
     return Diagnosis(ready.plan, teachers, weighed, compiled, cost, warnings)
+
+
+def _beside_what_is_there(recipe: Recipe) -> tuple[Recipe, list[str]]:
+    """The recipe with a folder that is free, since nothing is written, and why a run would refuse its own."""
+    try:
+        runfolder.check_free(recipe)
+    except ConfigError as error:
+        free = recipe.output.with_name(f"{recipe.output.name} examined")
+        return recipe.model_copy(update={"output": free}), [f"a run would be refused: {line}" for line in error.lines]
+    return recipe, []
 
 
 def _batches(ready: runs.Ready, distiller: Distiller, count: int) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
