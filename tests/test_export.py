@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 from conftest import ROOT
+from timm.data.transforms_factory import create_transform
 from torch import nn
 
 import recipes.riformer.model  # noqa: F401  registers the models
@@ -78,6 +79,9 @@ def test_a_timm_student_loads_with_timm_alone(timm_run: Found, tmp_path: Path) -
     assert again.shape == (3, 32, 32) and again.trained
     card = (tmp_path / "out" / "README.md").read_text()
     assert "\nlibrary_name: timm\n" in card
+    told = json.loads((tmp_path / "out" / "config.json").read_text())["pretrained_cfg"]
+    size = create_transform(tuple(told["input_size"]), crop_pct=told["crop_pct"]).transforms[0].size
+    assert f"the shorter side resized to {size} pixels ({told['interpolation']})" in card
     code = card.split("```python\n")[1].split("```")[0]
     fresh(tmp_path, timm_run, f"{code}\nlogits = model(images).detach()")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Callable
+from math import floor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,9 @@ import timm
 import torch
 
 from .. import __version__
+from ..models import Found
 from ..training.runfolder import SUMMARY
+from .hub import prepared
 
 if TYPE_CHECKING:
     from . import Exported
@@ -32,7 +35,7 @@ tags: [image-classification, knowledge-distillation, kdlib]
 |---|---|
 | top-1 / top-5 on the test images of `{data}` | {accuracy} |
 | parameters | {parameters:,} |
-| images | {shape}, white is 1, then minus {mean}, divided by {std} |
+| images | {shape}: {resized}; white is 1, then minus {mean}, divided by {std} |
 | taught by | {teachers} |
 | objective | {terms} |
 | epochs, seed | {epochs}, {seed} |
@@ -71,6 +74,7 @@ def write_card(context: Context, done: Exported, load: Callable[[Context], str],
         accuracy=_accuracy(found.folder),
         parameters=done.parameters,
         shape="×".join(map(str, found.shape)),
+        resized=_resized(found),
         mean=", ".join(f"{value:.5g}" for value in found.mean),
         std=", ".join(f"{value:.5g}" for value in found.std),
         teachers=", ".join(f"{key} ({spec.name})" for key, spec in recipe.teachers.items()) or "labels alone",
@@ -90,6 +94,13 @@ def write_card(context: Context, done: Exported, load: Callable[[Context], str],
         labels=", ".join(data.classes) if len(data.classes) <= 100 else f"{len(data.classes)}, see config.json",
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def _resized(found: Found) -> str:
+    told = prepared(found)
+    side = floor(min(found.shape[-2:]) / told["crop_pct"])  # as timm rounds
+    crop = "" if told["crop_pct"] == 1 else ", the middle cut out of it"
+    return f"the shorter side resized to {side} pixels ({told['interpolation']}){crop}"
 
 
 def _accuracy(run: Path | None) -> str:
