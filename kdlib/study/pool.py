@@ -15,6 +15,7 @@ from typing import TypeVar
 
 import torch
 
+from ..progress import say
 from ..signals import Stopped, handling
 from ..training.place import cores
 
@@ -47,6 +48,7 @@ class Workers:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
+            say("stopping: each run finishes its step and saves")
             for process in multiprocessing.active_children():
                 process.terminate()
         self.pool.shutdown(cancel_futures=True)
