@@ -317,7 +317,7 @@ def test_no_more_is_submitted_than_processes_are_free_for(tmp_path: Path) -> Non
     assert most[0] == 1 and max(most) == 2
 
 
-def test_runs_take_turns_at_the_cards_that_are_visible(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_take_turns_at_the_cards_that_are_visible(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for visible, count, expected in (
         (None, 0, []), (None, 1, []), ("3", 1, []), (None, 3, ["0", "1", "2"]), ("4,GPU-a", 2, ["4", "GPU-a"]),
         ("", 0, []), ("2,3,-1,5", 2, ["2", "3"]),
@@ -328,12 +328,15 @@ def test_runs_take_turns_at_the_cards_that_are_visible(monkeypatch: pytest.Monke
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         assert pool.cards() == expected
     with pool.Workers(4) as workers:
-        running = [workers.submit(_visible, 0.5) for _ in range(4)]
+        running = [workers.submit(_visible, tmp_path) for _ in range(4)]
     assert sorted(each.result() for each in running) == ["2", "2", "3", "3"]
 
 
-def _visible(seconds: float) -> str:  # long enough for each process to take one
-    time.sleep(seconds)
+def _visible(folder: Path) -> str:  # each process keeps its run until all four have one
+    (folder / str(os.getpid())).touch()
+    until = time.monotonic() + 60
+    while len(list(folder.iterdir())) < 4 and time.monotonic() < until:
+        time.sleep(0.01)
     return os.environ["CUDA_VISIBLE_DEVICES"]
 
 
