@@ -363,7 +363,7 @@ def test_where_a_study_ends_its_processes_end(tmp_path: Path, number: signal.Sig
     (tmp_path / "scale.yaml").write_text(SCALE.replace("epochs: 1}", "epochs: 500}"))
     (tmp_path / "study.yaml").write_text(STUDY)
     process = start(tmp_path)
-    until = time.monotonic() + 120
+    until = time.monotonic() + 240
     while not list(tmp_path.glob("out/metaformer_pool_nano-*/metrics.jsonl")):
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < until, "no teacher began"
@@ -372,7 +372,8 @@ def test_where_a_study_ends_its_processes_end(tmp_path: Path, number: signal.Sig
                 for pid in (task / "children").read_text().split()]  # fmt: skip
     assert children
     process.send_signal(number)
-    told, _ = process.communicate(timeout=60)  # which waits for all who hold its output
+    told, _ = process.communicate(timeout=120)  # which waits for all who hold its output
+    until = time.monotonic() + 120
     assert process.returncode in (128 + number, -number) and "Traceback" not in told, told
     while any(map(alive, children)):
         assert time.monotonic() < until, "processes of the study live on"
