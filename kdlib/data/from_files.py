@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from .augment import BatchAugment
-from .loader import Normalise, check_start
+from .loader import BatchLoader, Normalise
 from .samplers import EpochBatches, seeded
 from .sources import Files, unreadable
 from .workers import Unreadable, arrived, by_workers
@@ -41,11 +41,14 @@ def _collate(samples: list[Any]) -> Any:
     return next((sample for sample in samples if isinstance(sample, Unreadable)), None) or default_collate(samples)
 
 
-class FileLoader:
+class FileLoader(BatchLoader):
     """Batches of images that worker processes read, transform and send as uint8.
 
-    The workers live on between epochs, so one epoch at a time: starting another ends the one before.
+    The workers live on between epochs, so one epoch at a time: one that is still being read when another starts raises
+    `RuntimeError`.
     """
+
+    batches: EpochBatches
 
     def __init__(
         self,
@@ -58,23 +61,13 @@ class FileLoader:
         workers: int,
         finish: BatchAugment | None = None,
     ) -> None:
-        self.batches, self.device = batches, device
+        super().__init__(batches, device)
         self._arrived = partial(arrived, device=device, normalise=normalise, finish=finish)
-        self.samples = sum(len(row) for row in batches.rows(0))
         self._running: object = None
         samples = _Samples(source, transform, batches.seed)
         kept = {"batch_sampler": batches, "collate_fn": _collate, "persistent_workers": workers > 0}
         self._start = partial(by_workers(device, workers, batches.seed, **kept), samples)
         self._loader = self._start()
-
-    def __len__(self) -> int:
-        """Batches per epoch on this rank."""
-        return len(self.batches)
-
-    def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """See `Loader.epoch`. An epoch that is still being read when another starts raises `RuntimeError`."""
-        check_start(self, start)
-        return self._epoch(epoch, start)
 
     def _epoch(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         self._running = run = object()

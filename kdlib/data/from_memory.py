@@ -11,16 +11,18 @@ from torch import Tensor
 
 from .augment import Augment, BatchAugment, crop_flip, crop_flip_draws, rand_augment
 from .fashion import Arrays
-from .loader import Normalise, check_start
+from .loader import BatchLoader, Normalise
 from .samplers import EpochBatches, seeded
 
 
-class ArrayLoader:
+class ArrayLoader(BatchLoader):
     """Batches of images in memory: they are moved to the device once, and cropped, flipped and resized there.
 
     RandAugment works on PIL images, so with it the images stay in the host's memory and each batch is sent.
     `augment` and `finish` are None in evaluation.
     """
+
+    batches: EpochBatches
 
     def __init__(
         self,
@@ -33,13 +35,8 @@ class ArrayLoader:
         augment: Augment | None = None,
         finish: BatchAugment | None = None,
     ) -> None:
-        self.batches, self.normalise, self.device, self.augment, self.finish = (
-            batches,
-            normalise,
-            device,
-            augment,
-            finish,
-        )
+        super().__init__(batches, device)
+        self.normalise, self.augment, self.finish = normalise, augment, finish
         self.size = arrays.images.shape[-1]
         self.policy: Any = None
         if augment is not None and augment.rand_augment:
@@ -48,16 +45,6 @@ class ArrayLoader:
         padding = augment.crop_padding if augment else 0
         self.images = F.pad(arrays.images, (padding,) * 4).to(self.home)
         self.labels = arrays.labels.to(self.home)
-        self.samples = sum(len(row) for row in batches.rows(0))
-
-    def __len__(self) -> int:
-        """Batches per epoch on this rank."""
-        return len(self.batches)
-
-    def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """See `Loader.epoch`."""
-        check_start(self, start)
-        return self._epoch(epoch, start)
 
     def _epoch(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         rows = self.batches.rows(epoch)

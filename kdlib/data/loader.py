@@ -56,12 +56,27 @@ def with_targets(
         yield images, {"@labels": labels, "@indices": indices}
 
 
-def check_start(loader: Loader, start: int) -> None:
-    """Raises the ValueError of `Loader.epoch`."""
-    if not 0 <= start <= len(loader):
-        raise ValueError(
-            f"start: got batch {start}, but an epoch has {len(loader)} batches; expected 0 to {len(loader)}"
-        )
+class BatchLoader:
+    """What the loaders here share: they follow `batches`. A derived class gives `_epoch(epoch, start)`."""
+
+    def __init__(self, batches: Batches, device: torch.device) -> None:
+        self.batches, self.device = batches, device
+        self.samples = sum(len(row) for row in batches.rows(0))
+
+    def __len__(self) -> int:
+        """Batches per epoch on this rank."""
+        return len(self.batches)
+
+    def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """See `Loader.epoch`."""
+        if not 0 <= start <= len(self):
+            raise ValueError(
+                f"start: got batch {start}, but an epoch has {len(self)} batches; expected 0 to {len(self)}"
+            )
+        return self._epoch(epoch, start)
+
+    def _epoch(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+        raise NotImplementedError
 
 
 class Normalise:

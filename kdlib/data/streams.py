@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, default_collate, get_worker_info
 
 from .augment import BatchAugment
-from .loader import Normalise, check_start
+from .loader import BatchLoader, Normalise
 from .samplers import generator, seeded
 from .shards import Shards
 from .sources import unreadable
@@ -182,11 +182,13 @@ class _Reading(IterableDataset[Any]):
                 yield number, Unreadable(unreadable(self.source, number, error))
 
 
-class ShardLoader:
+class ShardLoader(BatchLoader):
     """Batches of images that worker processes read from shards, transform and send as uint8.
 
     Each epoch has workers of its own. No two workers read the same image, and no rank reads for another.
     """
+
+    batches: ShardBatches
 
     def __init__(
         self,
@@ -199,20 +201,10 @@ class ShardLoader:
         workers: int,
         finish: BatchAugment | None = None,
     ) -> None:
-        self.batches, self.device = batches, device
+        super().__init__(batches, device)
         self._arrived = partial(arrived, device=device, normalise=normalise, finish=finish)
-        self.samples = sum(len(row) for row in batches.rows(0))
         self._reading = partial(_Reading, source, batches, transform)
         self._start = by_workers(device, workers, batches.seed, batch_size=None, collate_fn=_as_it_is)
-
-    def __len__(self) -> int:
-        """Batches per epoch on this rank."""
-        return len(self.batches)
-
-    def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """See `Loader.epoch`."""
-        check_start(self, start)
-        return self._epoch(epoch, start)
 
     def _epoch(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         broken = None
