@@ -11,7 +11,8 @@ import timm
 import torch
 
 from recipes.riformer.convert import convert
-from recipes.riformer.gfnet import GFNetH, GlobalFilter, resize_state_dict
+from recipes.riformer.gfnet import GFNetH, GlobalFilter
+from recipes.riformer.resize import resize_state_dict
 
 GOLDENS = Path(__file__).parent / "goldens" / "models"
 COUNTS = json.loads((GOLDENS / "model_counts.json").read_text())

@@ -4,11 +4,10 @@ Source: Global Filter Networks for Image Classification, NeurIPS 2021, arXiv 210
 one residual per block and a layer scale. Importing this file registers the models with timm.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.layers import DropPath, trunc_normal_
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
@@ -18,7 +17,7 @@ from recipes.riformer.backbone import Backbone, expect
 from recipes.riformer.fusion import Mlp
 from recipes.riformer.sizes import Size, model_cfg, refuse_pretrained
 
-__all__ = ["GFNetH", "resize_state_dict"]
+__all__ = ["GFNetH"]
 
 Grid = tuple[int, int]
 
@@ -73,7 +72,7 @@ def _window(size: int, overlap: bool) -> tuple[int, int]:
     return (2 * size - 1, size // 2) if overlap else (size, 0)
 
 
-def _cut(grid: Grid, size: int, overlap: bool) -> Grid:
+def cut(grid: Grid, size: int, overlap: bool) -> Grid:
     """The grid that such a convolution makes."""
     kernel, padding = _window(size, overlap)
     height, width = ((side + 2 * padding - kernel) // size + 1 for side in grid)
@@ -119,7 +118,7 @@ class GFNetH(Backbone):
         depths: blocks per stage; as many stages as entries.
         dims: channels per stage.
         image_size: side of the square image in pixels, or (H, W). Filters and position embedding belong to this size;
-            `resize_state_dict` brings weights to another.
+            `resize.resize_state_dict` brings weights to another.
         num_classes: 0 for no classifier.
         in_chans: channels of the image.
         mlp_ratio: hidden channels of the MLP per channel.
@@ -152,11 +151,11 @@ class GFNetH(Backbone):
         super().__init__()
         if not depths or len(depths) != len(dims):
             raise ValueError(f"depths {tuple(depths)} and dims {tuple(dims)} need one entry per stage each")
-        self.image_size = _pair(image_size)
+        self.image_size = pair(image_size)
         self.in_chans, self.num_features, self.head_hidden_size = in_chans, dims[-1], dims[-1]
-        grids = [_cut(self.image_size, 4, overlap)]
+        grids = [cut(self.image_size, 4, overlap)]
         while len(grids) < len(depths):
-            grids.append(_cut(grids[-1], 2, overlap))
+            grids.append(cut(grids[-1], 2, overlap))
         if min(map(min, grids)) < 1:
             raise ValueError(
                 f"image_size {self.image_size} is too small for {len(depths)} stages, which divide it by "
@@ -230,49 +229,9 @@ class GFNetH(Backbone):
         return {"pos_embed"}
 
 
-def _pair(image_size: int | Sequence[int]) -> Grid:
+def pair(image_size: int | Sequence[int]) -> Grid:
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     return int(height), int(width)
-
-
-def resize_state_dict(
-    state_dict: Mapping[str, Tensor], model: GFNetH, image_size: int | Sequence[int]
-) -> dict[str, Tensor]:
-    """Bring the weights of a GFNetH for `image_size` to the size of `model`, by bicubic interpolation.
-
-    The position embedding is interpolated over its grid (align_corners=False), each filter over its frequencies, real
-    and imaginary part alone (align_corners=True), as GFNet's authors do for fine-tuning at a larger size. What has the
-    right size is passed on untouched.
-
-    Args:
-        state_dict: in our names, e.g. from `convert`.
-        model: the model to load it into.
-        image_size: the size in pixels that the weights were trained for, side or (H, W).
-
-    Raises:
-        ValueError: if the weights do not belong to `image_size`.
-    """
-    height, width = _cut(_pair(image_size), 4, model.overlap)
-    if state_dict["pos_embed"].shape[1] != height * width:
-        raise ValueError(
-            f"pos_embed has {state_dict['pos_embed'].shape[1]} positions, but image_size {_pair(image_size)} makes "
-            f"{height * width}; give the image size that these weights were trained for"
-        )
-    wanted = model.state_dict()
-    resized = dict(state_dict)
-    for name, value in state_dict.items():
-        if name not in wanted or value.shape == wanted[name].shape:
-            continue
-        if name == "pos_embed":
-            image = value.transpose(1, 2).unflatten(2, (height, width))
-            grid = _cut(model.image_size, 4, model.overlap)
-            image = F.interpolate(image.float(), grid, mode="bicubic", align_corners=False)
-            resized[name] = image.flatten(2).transpose(1, 2).contiguous().to(value.dtype)
-        elif name.endswith("complex_weight"):
-            image = value.flatten(2).permute(2, 0, 1)[None].float()
-            image = F.interpolate(image, wanted[name].shape[:2], mode="bicubic", align_corners=True)
-            resized[name] = image[0].permute(1, 2, 0).unflatten(2, value.shape[2:]).contiguous().to(value.dtype)
-    return resized
 
 
 SIZES = {
@@ -287,7 +246,7 @@ SIZES = {
 def _entry(name: str, size: Size) -> Callable[..., nn.Module]:
     def build(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         refuse_pretrained(name, pretrained and not kwargs.get("pretrained_cfg"))  # a folder or hub page has weights
-        image_size = _pair(kwargs.pop("img_size", None) or kwargs.pop("image_size", size.image_size))
+        image_size = pair(kwargs.pop("img_size", None) or kwargs.pop("image_size", size.image_size))
         overlay = kwargs.pop("pretrained_cfg_overlay", None) or {}
         overlay = {"input_size": (kwargs.get("in_chans", 3), *image_size)} | overlay
         arch: dict[str, Any] = {"depths": size.depths, "dims": size.dims, "layer_scale_init": size.layer_scale_init}
