@@ -168,7 +168,7 @@ def test_the_best_student_is_kept_beside_the_last(
         kept.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
         return {"top1": next(scores), "top5": 0.0, "test_loss": 0.0}
 
-    monkeypatch.setattr("kdlib.training.train.evaluate", score)
+    monkeypatch.setattr("kdlib.training.evaluation.evaluate", score)
     run = training(tmp_path, student)
     run.epochs = 4
     assert run.run() == {"top1": 50.0, "top5": 0.0, "test_loss": 0.0, "best_top1": 50.0, "best_epoch": 2}
@@ -181,7 +181,7 @@ def test_a_run_ends_early_where_nothing_gets_better(
 ) -> None:
     scores = iter([30.0, 29.0, 31.0, 31.0, 5.0])
     monkeypatch.setattr(
-        "kdlib.training.train.evaluate", lambda *_: {"top1": next(scores), "top5": 0.0, "test_loss": 0.0}
+        "kdlib.training.evaluation.evaluate", lambda *_: {"top1": next(scores), "top5": 0.0, "test_loss": 0.0}
     )
     run = training(tmp_path, student, patience=2)
     run.epochs = 9

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from accelerate import Accelerator
 from torch import nn
 
 from ..data import Loader
+from . import sharding
+from .ranks import share_buffers
 
 
 @torch.no_grad()
@@ -29,6 +33,19 @@ def evaluate(
     model.train(training)
     top1, top5, loss, count = accelerator.reduce(sums, reduction="sum").tolist()
     return {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "test_loss": loss / count}
+
+
+def evaluate_all(
+    models: Mapping[str, nn.Module], batches: Loader, accelerator: Accelerator, channels_last: bool = False
+) -> dict[str, float]:
+    """``evaluate`` of several models of a run, each with the main process's buffers; keys begin with a model's name."""
+    found: dict[str, float] = {}
+    for name, model in models.items():
+        share_buffers(accelerator, model)
+        result = evaluate(model, batches, accelerator, channels_last)
+        sharding.release(model)
+        found |= {f"{name}{key}": value for key, value in result.items()}
+    return found
 
 
 def with_best(

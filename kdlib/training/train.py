@@ -23,11 +23,11 @@ from ..progress import bar, say
 from ..signals import Stopped, listen
 from ..teacher import Teacher
 from . import checkpoint, compiling, faults, gradients, sharding
-from .evaluation import evaluate, with_best
+from .evaluation import evaluate_all, with_best
 from .graphs import Graphs, try_graphs
 from .guard import Guard, NotFinite, Shield
 from .journal import GRADIENT, LOSS, Journal
-from .ranks import losses_told, on_main, share_buffers
+from .ranks import losses_told, on_main
 from .state import Place, State
 
 BEST = "student_best.safetensors"
@@ -268,12 +268,7 @@ class Training:
         faults.reach("evaluate")
         student, average = self.distiller.student, {} if self.ema is None else {"ema_": self.ema.module}
         models: dict[str, nn.Module] = {"": sharding.Answers(self.distiller) if self.sharded else student, **average}
-        found: dict[str, float] = {}
-        for prefix, model in models.items():
-            share_buffers(self.accelerator, model)
-            result = evaluate(model, self.data.test, self.accelerator, self.channels_last)
-            sharding.release(model)
-            found |= {f"{prefix}{name}": value for name, value in result.items()}
+        found = evaluate_all(models, self.data.test, self.accelerator, self.channels_last)
         self.at.result, better = with_best(found, self.at.result, self.metric, self.at.epoch + 1)
         self.at.stale = 0 if better else self.at.stale + 1
         if better:
