@@ -316,10 +316,12 @@ def test_a_teacher_without_autocast_computes_in_its_own_precision(
     mean = next(iter(teacher.parameters())).detach().clone()
     pure = kd.Teacher(teacher, terms, dtype=torch.bfloat16, autocast=False)
     for layer in teacher.modules():
-        layer.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0].dtype, output.dtype)))
+        layer.register_forward_hook(
+            lambda _, inputs, output: seen.append((inputs[0].dtype, output.dtype, torch.is_autocast_enabled("cpu")))
+        )
     with torch.autocast("cpu", torch.bfloat16):  # of the loop around it; its norms would answer in float32
         told = pure(images)
-    assert seen and set(seen) == {(torch.bfloat16, torch.bfloat16)}
+    assert seen and set(seen) == {(torch.bfloat16, torch.bfloat16, False)}
     assert torch.equal(next(iter(teacher.parameters())), mean.bfloat16())
     for tap, value in plain.items():
         assert 0 < (told[tap].float() - value).norm() < 0.05 * value.norm()
