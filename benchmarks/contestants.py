@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from work import BLOCK, MIXER, Step, Work, train
 
 import kdlib as kd
-from kdlib.losses import FeatureMSE, GramRelation, SoftTarget
+from kdlib.losses import CrossEntropy, FeatureMSE, GramRelation, SoftTarget
 from kdlib.training import compiling
 from kdlib.training.graphs import Graphs
 
@@ -126,15 +126,17 @@ def by_hand(work: Work, mode: str | None) -> Step:
     return train(work, hand, loss_of)
 
 
-def by_kdlib(work: Work, mode: str | None, autocast: bool = True) -> Step:
-    teacher, distiller = kdlib_parts(work, autocast)
+def by_kdlib(work: Work, mode: str | None, autocast: bool = True, logits_only: bool = False) -> Step:
+    teacher, distiller = kdlib_parts(work, autocast, logits_only)
     if mode in compiling.RECORDED:
         return recorded(work, teacher, distiller, compiling.RECORDED[mode])
     compiling.compile_whole([teacher, distiller], mode)
 
+    given = {"@labels": work.labels} if logits_only else {}
+
     def loss_of() -> Tensor:
         compiling.begin_step(mode)
-        return distiller(work.images, teacher(work.images)).loss
+        return distiller(work.images, teacher(work.images) | given).loss
 
     return train(work, distiller, loss_of)
 
@@ -160,15 +162,13 @@ def recorded(work: Work, teacher: kd.Teacher, distiller: kd.Distiller, mode: str
     return step
 
 
-def kdlib_parts(work: Work, autocast: bool = True) -> tuple[kd.Teacher, kd.Distiller]:
-    """Teacher and distiller of a work's objective."""
+def kdlib_parts(work: Work, autocast: bool = True, logits_only: bool = False) -> tuple[kd.Teacher, kd.Distiller]:
+    """Teacher and distiller of a work's objective, or of labels and soft targets, which timm.task has."""
     student, last = work.make(work.student), "stages.*.blocks.-1"
     if work.wide is None:
         net: nn.Module = work.make(work.twin)
-        terms = [
-            kd.Term("soft", SoftTarget()),
-            kd.Term("block", FeatureMSE(), BLOCK, pairs=kd.pair(student, net, last), reduce="sum"),
-        ]
+        blocks = kd.Term("block", FeatureMSE(), BLOCK, pairs=kd.pair(student, net, last), reduce="sum")
+        terms = [kd.Term("soft", SoftTarget()), kd.Term("label", CrossEntropy()) if logits_only else blocks]
     else:
         net = kd.Panel({"wide": work.make(work.wide), "twin": work.make(work.twin)})
         pairs = {tap: kd.pair(student, net, tap, f"twin.{tap}") for tap in (last, f"{last}.token_mixer")}
@@ -187,22 +187,25 @@ def kdlib_parts(work: Work, autocast: bool = True) -> tuple[kd.Teacher, kd.Disti
 
 PURE = "kdlib, pure bf16"
 """kdlib with teachers that compute in bf16 throughout, weights and all, instead of under autocast."""
-OURS = ("floor", "by hand", "kdlib", PURE)
+LOGITS = "kdlib (logits only)"
+"""kdlib with labels and soft targets, which is what timm.task does."""
+OURS = ("floor", "by hand", "kdlib", PURE, LOGITS)
 
 
 def contestants(work: str) -> dict[str, Build]:
     """By name; peers have the blocks objective alone, for which they have the parts."""
     pure = partial(by_kdlib, autocast=False)
-    ours: dict[str, Build] = dict(zip(OURS, (floor, by_hand, by_kdlib, pure), strict=True))
+    ours: dict[str, Build] = {"floor": floor, "by hand": by_hand, "kdlib": by_kdlib, PURE: pure}
     if work != "blocks":
         return ours
+    ours[LOGITS] = partial(by_kdlib, logits_only=True)
     peers: dict[str, Build] = {"torchdistill": by_torchdistill, "nvidia-modelopt": by_modelopt}
     return ours | peers | {"timm.task (logits only)": by_timm}
 
 
 def modes(work: str, who: str, cpu: bool) -> list[str | None]:
     """None is eager; peers run as they come."""
-    if who == PURE:
+    if who in (PURE, LOGITS):
         return [] if cpu else ["default"]
     if cpu or who not in OURS:
         return [None]

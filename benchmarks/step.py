@@ -10,11 +10,11 @@ small     the whole objective for the 64 px models, which are bound by kernel la
 floor is every teacher's forward and a step by labels alone: what any distillation must pay. by hand is a loop of one's
 own for the same objective. On a GPU these and kdlib run in channels_last, and kdlib tells and reads features in bf16,
 as a run of a recipe does; pure bf16 has teachers that compute in it throughout (teacher_autocast: false). The peers run
-as they come. The contestants of a work take turns, round by round, every
-second round backwards; ms is the median over rounds, MiB the peak that a contestant adds while it steps, loss that of
-the first step. of_floor and of_hand are the quartiles over rounds of the ratio to the floor, and to the loop by hand,
-of that round and mode; on a CPU they are ratios of processor time, which other programs disturb less than the wall's
-clock.
+as they come; timm.task has labels and soft targets alone, and kdlib (logits only) does the same. The contestants of a
+work take turns, round by round, every second round backwards; ms is the median over rounds, MiB the peak that a
+contestant adds while it steps, loss that of the first step. of_floor and of_hand are the quartiles over rounds of the
+ratio to the floor, and to the loop by hand, of that round and mode; on a CPU they are ratios of processor time, which
+other programs disturb less than the wall's clock.
 
 Compiled contestants take a minute each to start. --jobs has others fill the compiler's cache first, side by side, and
 --budget leaves out what would not be done in time: what there is is written after every round.

@@ -16,7 +16,7 @@ from generated import main, result, table
 
 PAGE = Path(__file__).with_name("performance.md")
 NOT_YET = "Not measured yet."
-PURE = "kdlib, pure bf16"
+PURE, LOGITS, TIMM = "kdlib, pure bf16", "kdlib (logits only)", "timm.task (logits only)"
 
 
 def about(found: dict[str, Any]) -> str:
@@ -41,15 +41,19 @@ def step(name: str) -> str:
 def _peers(rows: list[dict[str, Any]]) -> str:
     """How long others take for what kdlib does compiled."""
     times = {(row["work"], row["who"], row["mode"]): row["ms"] for row in rows if "ms" in row}
-    own, pure = (times.get(("blocks", who, "default")) for who in ("kdlib", PURE))
+    own, pure, logits, timm = (
+        times.get(("blocks", *who))
+        for who in (("kdlib", "default"), (PURE, "default"), (LOGITS, "default"), (TIMM, "eager"))
+    )
     if own is None or pure is None:
         return ""
     told = [f"{who} {ms / own:.2f} ({ms / pure:.2f})" for (work, who, mode), ms in times.items()
-            if work == "blocks" and who not in ("floor", "by hand", "kdlib", PURE)]  # fmt: skip
-    return (
+            if work == "blocks" and who not in ("floor", "by hand", "kdlib", PURE, LOGITS)]  # fmt: skip
+    line = (
         "Times as long as kdlib's compiled step of blocks (in brackets: as the one with teachers in pure bf16), the "
         f"others as they come: {', '.join(told)}."
     )
+    return f"{line} As kdlib's step of logits alone: {TIMM} {timm / logits:.2f}." if timm and logits else line
 
 
 def _step(row: dict[str, Any]) -> list[str]:
