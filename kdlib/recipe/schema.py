@@ -191,7 +191,7 @@ class Recipe(Strict):
     patience: Natural = 0
     """Evaluations without a better ``metric`` after which the run ends; 0 is never."""
     save_every: Natural = 0
-    """Steps between two checkpoints within an epoch; each epoch ends with one."""
+    """Steps between two checkpoints. An epoch of no fewer steps, or any where this is 0, ends with one besides."""
     on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"
     """What to do about NaN or infinity: end, undo the step, or go back to the checkpoint and leave the step out."""
     output: Location = Path("runs/run")

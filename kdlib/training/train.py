@@ -63,7 +63,7 @@ class Training:
     log_gradients: bool = False
     eval_every: int = 1
     save_every: int = 0
-    """Steps between two checkpoints; 0 is one an epoch."""
+    """Steps between two checkpoints. An epoch of no fewer steps, or any where this is 0, ends with one besides."""
     metric: str = "top1"
     """What tells the best student."""
     patience: int = 0
@@ -97,7 +97,7 @@ class Training:
             done = self.at.epoch * self.batches + self.at.batch
             try:
                 with bar(self.title, self.epochs * self.batches, done, self.main) as self.bar:
-                    while self.at.epoch < self.epochs and not 0 < self.patience <= self.at.stale:
+                    while not self._ended():
                         try:
                             self._epoch()
                             self._conclude()
@@ -153,6 +153,9 @@ class Training:
             graphs = Graphs(self._backward, modules, self.distiller.live, self.accumulate)
             self.graphs, line = try_graphs(graphs, images, targets)
             say(f"{self.title}: {line}", self.main)
+
+    def _ended(self) -> bool:
+        return self.at.epoch >= self.epochs or 0 < self.patience <= self.at.stale
 
     # one epoch
 
@@ -259,8 +262,12 @@ class Training:
         self.journal.tick(at)
         self.journal.write(at, {**line, "weights": self.distiller.weights_in_force(), "seconds": at.seconds})
         at.begin_epoch(at.epoch + 1)
-        self.state.save(at)
+        seldom = self.save_every > self.batches // self.accumulate
+        if due := not seldom or at.step % self.save_every == 0 or self._ended():
+            self.state.save(at)
         if asked := self.asked.agreed():
+            if not due:
+                self.state.save(at)
             raise Stopped(asked, saved=True)
 
     def _evaluate(self) -> None:

@@ -56,6 +56,26 @@ def test_whatever_it_is_made_of(made_of: str, run: Any) -> None:
 
 
 @pytest.mark.fault("resume")
+@pytest.mark.parametrize(("place", "kept", "epoch"), [("step:6", [0], 0), ("batch:14", [0], 0), ("step:9", [0, 7], 1)])
+def test_where_checkpoints_are_further_apart_than_epochs(place: str, kept: list[int], epoch: int, run: Any) -> None:
+    one = run(RICH, save_every=7)
+    one.go(KDLIB_FAULT=place, code=-9)
+    assert [path.name for path in one.checkpoints] == [f"step-{step:08d}" for step in kept]
+    assert ("goes on after epoch 1 of 2, batch 2" in one.go()) == bool(epoch)
+    assert [path.name for path in one.checkpoints] == ["step-00000007", "step-00000012"]
+    check_as_if_nothing_had_been(one)
+
+
+@pytest.mark.fault("resume")
+def test_a_signal_at_the_end_of_an_epoch_without_a_checkpoint(run: Any) -> None:
+    one = run(RICH, save_every=7)
+    one.go(KDLIB_FAULT="evaluate:1:TERM", code=143)
+    assert [path.name for path in one.checkpoints] == ["step-00000000", "step-00000006"]
+    assert "goes on after epoch 1 of 2" in one.go()
+    check_as_if_nothing_had_been(one)
+
+
+@pytest.mark.fault("resume")
 @pytest.mark.parametrize("place", ["step:1", "step:2", "evaluate:1", "step:5"])
 @pytest.mark.parametrize("recipe", [RICH, FILES, SHARDS], ids=["memory", "files", "shards"])
 def test_on_two_ranks(recipe: dict[str, Any], place: str, run: Any) -> None:
