@@ -205,6 +205,7 @@ class Renormalize(nn.Module):
         self.register_buffer("scale", ours[1] / theirs[1], persistent=False)
         self.register_buffer("shift", (ours[0] - theirs[0]) / theirs[1], persistent=False)
         self.size = size
+        self.anew = (tuple(mean), tuple(std)) != (tuple(teacher_mean), tuple(teacher_std))
 
     def forward(self, images: Tensor) -> Tensor:
         if self.size is not None and tuple(images.shape[-2:]) != self.size:

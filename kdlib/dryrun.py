@@ -71,7 +71,8 @@ def _tell(ready: Ready, world: int) -> Iterator[str]:
         origin = f"trained first, {ready.teachers[name].recipe.output}" if name in ready.teachers else "timm's weights"
         origin = _file(spec.weights) if spec.weights is not None else origin
         size = f"{count_parameters(ready.panel[name]):,} parameters"
-        yield _line("teacher", f"{name}: {_named(spec.whole)}, {size}, {origin}")
+        images = f", images {ready.images_of(name)}" if name in ready.prepare else ""
+        yield _line("teacher", f"{name}: {_named(spec.whole)}, {size}, {origin}{images}")
     root = recipe.data.get("root")
     there = "" if root is None or Path(root).exists() else f" ({root} is not there: ImageNet's numbers stand for it)"
     if data.name == "folder" and root is None:

@@ -20,7 +20,7 @@ class Bar:
     """Counts steps; ``say`` sets the text behind the count."""
 
     def __init__(self, title: str, total: int, done: int, progress: Progress | None, shown: bool) -> None:
-        self.title, self.total, self.done, self.text = title, total, done, ""
+        self.title, self.total, self.done, self.text, self.printed = title, total, done, "", ""
         self._progress, self._shown, self._last = progress, shown, monotonic()
         self._task = progress.add_task(title, total=total, completed=done, text="") if progress else None
 
@@ -38,7 +38,11 @@ class Bar:
             self._progress.update(self._task, completed=done)
 
     def print_line(self) -> None:
-        say(f"{self.title}: {self.done}/{self.total} {self.text}".rstrip(), self._shown)
+        """Says how far it is, unless that was its last word."""
+        line = f"{self.title}: {self.done}/{self.total} {self.text}".rstrip()
+        if line != self.printed:
+            self.printed = line
+            say(line, self._shown)
 
     def say(self, text: str) -> None:
         self.text = text

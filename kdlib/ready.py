@@ -11,6 +11,7 @@ import torch
 from accelerate.utils import set_seed
 from torch import Tensor
 
+from .adapters import Renormalize
 from .config import ConfigError
 from .data import Data
 from .plan import Plan, fit
@@ -31,11 +32,19 @@ class Ready:
     """Two training images, for dry runs."""
     student: torch.nn.Module
     panel: Panel
-    prepare: dict[str, torch.nn.Module]
+    prepare: dict[str, Renormalize]
     plan: Plan
     teachers: dict[str, Ready] = field(default_factory=dict)
     """The runs that train teachers which have no weights yet."""
     baseline: Ready | None = None
+
+    def images_of(self, teacher: str) -> str:
+        """How a teacher's images differ from the student's, in words."""
+        bridge = self.prepare.get(teacher)
+        if bridge is None:
+            return "as the student's"
+        size = "" if bridge.size is None else f"{self.data.image_size} → {bridge.size[0]} px"
+        return ", ".join(filter(None, ("normalised anew" if bridge.anew else "", size)))
 
 
 class Seat(Protocol):

@@ -95,6 +95,8 @@ def _make(ready: Ready, accelerator: Accelerator) -> Outcome:
             own = len(student.state_dict()) - len(copied)
             say(f"{title}: {len(copied)} tensors from teacher {recipe.student.init!r}, {own} of its own", shown)
         say(f"{title}: {recipe.student.name} → {recipe.output}\n{ready.plan}", shown)
+        for name in ready.prepare:
+            say(f"{title}: teacher {name} sees images {ready.images_of(name)}", shown)
         with ExitStack() as ours:
             on_main(accelerator, lambda: ours.enter_context(runfolder.claimed(recipe)))
             faults.reach("start")

@@ -183,6 +183,16 @@ def test_a_terminal_that_cannot_draw_gets_plain_lines(monkeypatch: pytest.Monkey
         assert plain or "0:00:0" in file.getvalue(), "at its end a bar tells how long it took"
 
 
+def test_plain_lines_do_not_repeat_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    file = io.StringIO()
+    monkeypatch.setattr(progress, "console", Console(file=file, width=60))
+    monkeypatch.setattr(progress, "EVERY", -1.0)
+    with progress.bar("train", 2) as bar:
+        bar.advance()
+        bar.advance()
+    assert file.getvalue() == "train: 1/2\ntrain: 2/2\n"
+
+
 # processes of their own
 
 

@@ -220,7 +220,7 @@ def test_teachers_without_autocast_are_in_bfloat16_and_what_is_kept_of_them_is_n
 
 @pytest.mark.parametrize("settings", [[], ["precision=bf16", "teacher_autocast=false"]], ids=["plain", "in bfloat16"])
 def test_a_given_teacher_of_other_images_is_measured_on_its_own(
-    settings: list[str], folder: Path, tmp_path: Path, fresh_state: None
+    settings: list[str], folder: Path, tmp_path: Path, fresh_state: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.manual_seed(0)
     net = timm.create_model("gfnet_h_nano", img_size=32, num_classes=3).eval()
@@ -229,6 +229,7 @@ def test_a_given_teacher_of_other_images_is_measured_on_its_own(
     teacher = f"teachers={{big: {{name: gfnet_h_nano, img_size: 32, size: 32, {given}}}}}"
     terms = "terms={soft: {loss: soft_target, teacher: big}}"
     outcome = runs.run(plain(folder, tmp_path / "run", teacher, terms, *settings, epochs=1))
+    assert "student: teacher big sees images normalised anew, 28 → 32 px" in capsys.readouterr().out
     rows = {row.what: row for row in conclude(outcome)}
 
     images, labels = zip(*outcome.data.test.epoch(0), strict=True)

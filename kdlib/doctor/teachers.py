@@ -10,7 +10,6 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from ..adapters import Renormalize
 from ..ready import Ready
 from ..recipe.wording import nearest
 from ..training import runfolder
@@ -79,7 +78,7 @@ def examine(
         top1, images = _accuracy(member, bridge, ready, accelerator, count)
         chance = 100 / len(ready.data.classes)
         goal = expected.get(name)
-        found.append(Examined(name, spec.name, source, trained, top1, goal, chance, images, _told(bridge, ready)))
+        found.append(Examined(name, spec.name, source, trained, top1, goal, chance, images, ready.images_of(name)))
     return found
 
 
@@ -101,14 +100,3 @@ def _accuracy(
         if seen >= count:
             break
     return 100 * right / seen, seen
-
-
-def _told(bridge: nn.Module | None, ready: Ready) -> str:
-    if not isinstance(bridge, Renormalize):
-        return "as the student's"
-    told = []
-    if float((bridge.scale - 1).abs().max()) > 0 or float(bridge.shift.abs().max()) > 0:
-        told.append("normalised anew")
-    if bridge.size is not None:
-        told.append(f"{ready.data.image_size} → {bridge.size[0]} px")
-    return ", ".join(told)

@@ -197,13 +197,13 @@ def _pairs(
     return pair(student, panel, mine, teacher)
 
 
-def build_prepare(recipe: Recipe, data: Data, panel: Panel) -> dict[str, nn.Module]:
+def build_prepare(recipe: Recipe, data: Data, panel: Panel) -> dict[str, Renormalize]:
     """For each teacher whose input differs from the student's, the module that bridges normalisation and size.
 
     Raises:
         ConfigError: a normalisation of another number of channels than the data's.
     """
-    built: dict[str, nn.Module] = {}
+    built: dict[str, Renormalize] = {}
     for name, spec in recipe.teachers.items():
         mean, std, size = _expects(spec, panel[name], data)
         if len(mean) != data.channels or len(std) != data.channels or min(std) <= 0:
