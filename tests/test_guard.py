@@ -13,8 +13,9 @@ from torch import Tensor, nn
 import kdlib as kd
 from kdlib.data.samplers import EpochBatches
 from kdlib.training import gradients
-from kdlib.training.guard import Shield, find, images
+from kdlib.training.guard import find, images
 from kdlib.training.journal import GRADIENT, LOSS
+from kdlib.training.shield import Shield
 
 
 @pytest.mark.parametrize(

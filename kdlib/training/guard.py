@@ -1,17 +1,15 @@
-"""Numbers that go wrong: who is to blame, what is written down, and how a step is undone without waiting for it."""
+"""Numbers that go wrong: who is to blame, what is written down, and where the run goes."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
 
 from ..data import Loader
 from ..data.samplers import Batches
@@ -19,7 +17,6 @@ from ..progress import say
 from . import checkpoint
 from .journal import GRADIENT, LOSS, Row
 from .ranks import on_main
-from .sharding import local
 
 POLICIES = ("stop", "skip", "rollback")
 LIMIT = 50
@@ -129,6 +126,18 @@ class Guard:
             raise self.end(bad)
         return [*skipped, list(self.begins(bad))]
 
+    def accuse(self, epoch: int, batch: int, norms: Mapping[str, float]) -> None:
+        """Raises on the terms whose gradient over a batch is not finite, on any process.
+
+        Args:
+            norms: of each term's gradient, mean over processes.
+
+        Raises:
+            NotFinite: there are some.
+        """
+        if guilty := tuple(name for name, norm in norms.items() if not math.isfinite(norm)):
+            raise NotFinite(epoch, batch, "gradient", guilty, tuple(range(self.accelerator.num_processes)))
+
     def report(self, bad: NotFinite) -> None:
         """Says it, and adds it to ``nonfinite.json``, once; on the main process."""
         if not self.accelerator.is_main_process:
@@ -160,52 +169,3 @@ class Guard:
             f"{bad.batch + 1}; its images: {self.folder / REPORT}); the checkpoint before it is whole; lower "
             "optimizer.lr, set optimizer.clip_grad, or say on_nonfinite=skip or rollback"
         )
-
-
-class Shield:
-    """Undoes an optimizer step on the device where it was bad, without the host knowing whether it was.
-
-    ``remember`` before the first batch of a step copies all that the step may change, ``see`` takes the numbers of each
-    of its batches, ``disarm`` comes before the optimizer's step and ``settle`` after it. What is put back: parameters,
-    buffers (batch statistics, memories) and the optimizer's state, as far as it lives on the device. It costs one more
-    copy of all that. Where it is not ``on``, nothing of this happens.
-    """
-
-    def __init__(
-        self, module: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator, on: bool = True
-    ) -> None:
-        self.module, self.optimizer, self.accelerator, self.on = module, optimizer, accelerator, on
-
-    @torch.no_grad()
-    def remember(self) -> None:
-        if not self.on:
-            return
-        state = [value for held in self.optimizer.state.values() for value in held.values()]
-        tensors = [*self.module.parameters(), *self.module.buffers(), *state]
-        parts = [local(tensor) for tensor in tensors if isinstance(tensor, Tensor)]
-        self.kept = [(part, part.clone()) for part in parts]
-        self.bad = torch.zeros((), device=self.accelerator.device)
-
-    def see(self, row: Tensor) -> None:
-        if self.on:
-            self.bad = self.bad + (~row.isfinite()).any()
-
-    @torch.no_grad()
-    def disarm(self) -> None:
-        """Makes the gradients zero where the step is bad on any process, so that no state learns of them."""
-        if not self.on:
-            return
-        self.good = self.accelerator.reduce(self.bad, reduction="sum") == 0
-        for parameter in self.module.parameters():
-            if parameter.grad is not None:
-                gradient = local(parameter.grad)
-                gradient.copy_(torch.where(self.good, gradient, 0.0))
-
-    @torch.no_grad()
-    def settle(self) -> None:
-        if not self.on:
-            return
-        for tensor, before in self.kept:
-            if tensor.device == self.good.device:
-                tensor.copy_(torch.where(self.good, tensor, before))
-        self.kept = []

@@ -7,7 +7,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +24,10 @@ from ..teacher import Teacher
 from . import checkpoint, compiling, faults, gradients, sharding
 from .evaluation import evaluate_all, with_best
 from .graphs import Graphs, try_graphs
-from .guard import Guard, NotFinite, Shield
+from .guard import Guard, NotFinite
 from .journal import GRADIENT, LOSS, Journal
 from .ranks import losses_told, on_main
+from .shield import Shield
 from .state import Place, State
 
 BEST = "student_best.safetensors"
@@ -195,7 +195,9 @@ class Training:
         place = (self.at.epoch, self.at.batch - self.at.batch % self.accumulate)
         left_out = list(place) in self.at.skipped
         if place == self.guard.suspect and not left_out:
-            self._accuse(images, targets)
+            batch = self._asked(images, targets)
+            norms = gradients.mean_by_term(self.accelerator, self.distiller, *batch, self.distiller)
+            self.guard.accuse(self.at.epoch, self.at.batch, norms)
         with self.accelerator.accumulate(self.engine):
             if left_out:
                 return  # it counts as a step, and nothing is learned from it
@@ -300,15 +302,3 @@ class Training:
         self._set_out()
         self.bar.go_back(self.at.epoch * self.batches + self.at.batch)
         say(f"{self.title}: {bad} was not finite; back at step {self.at.step}", self.main)
-
-    def _accuse(self, images: Tensor, targets: dict[str, Tensor]) -> None:
-        """Raises on the terms whose gradient over this batch is not finite.
-
-        Raises:
-            NotFinite: there are some.
-        """
-        batch, whole = self._asked(images, targets), self.distiller
-        norms = gradients.mean_by_term(self.accelerator, self.distiller, *batch, whole)
-        if guilty := tuple(name for name, norm in norms.items() if not isfinite(norm)):
-            ranks = tuple(range(self.accelerator.num_processes))
-            raise NotFinite(self.at.epoch, self.at.batch, "gradient", guilty, ranks)
