@@ -153,6 +153,9 @@ def measure(
         keep()
         if left() <= 0:
             break
+    for row, _ in runners:
+        if "ms" not in row and given.rounds:
+            row["failed"] = "warm, but the budget was spent before its first round"
     if given.kernels and not given.cpu:
         for row, step in runners:
             row["kernels"] = kernels_of(step)
@@ -185,7 +188,7 @@ def warm(build: Build, work: Work, mode: str | None, row: Row) -> Step:
     row["first_step_s"] = round(time.perf_counter() - began, 2)
     for _ in range(4):
         step()
-    if cuda:
+    if cuda and mode in (None, "default"):  # what is recorded has memory of its own, which is not counted so
         torch.cuda.reset_peak_memory_stats()
         for _ in range(3):
             step()
