@@ -141,6 +141,7 @@ def _train(ready: Ready, accelerator: Accelerator) -> tuple[dict[str, float], to
         channels_last=last,
         clip_grad=recipe.optimizer.clip_grad,
         compile=recipe.compile.mode,
+        compile_teacher=recipe.compile.teacher,
         ema=ema,
         metric=recipe.metric,
         patience=recipe.patience,

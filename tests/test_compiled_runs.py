@@ -96,6 +96,15 @@ def test_a_compiled_run_ends_as_the_plain_one_with_one_graph_more_when_terms_end
         torch.testing.assert_close(value, state(plain)[name], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("teachers", [True, False])
+def test_teachers_are_compiled_unless_they_are_left_out(teachers: bool, tmp_path: Path) -> None:
+    run = training(tmp_path, "default", 1)
+    run.compile_teacher = teachers
+    run.run()
+    assert run.distiller._compiled_call_impl is not None
+    assert run.teacher is not None and (run.teacher._compiled_call_impl is not None) == teachers
+
+
 def test_a_compiled_run_that_was_stopped_ends_as_one_that_was_not(tmp_path: Path) -> None:
     whole = training(tmp_path / "whole", "default", 2)
     whole.run()

@@ -84,7 +84,7 @@ def doctor(
     warnings = [*taken, *_warnings(teachers, weighed)]
     if compiled is not None and compiled.error and resolve(recipe.compile.mode, device) is not None:
         warnings.append(
-            f"compile.mode is {recipe.compile.mode}, but a step does not compile whole; it will run without"
+            f"compile.mode is {recipe.compile.mode}, but not all compiles whole; what does not will run as it is"
         )
     return Diagnosis(ready.plan, teachers, weighed, compiled, cost, warnings)
 

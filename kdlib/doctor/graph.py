@@ -8,11 +8,11 @@ from time import perf_counter
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..distiller import Distiller
 from ..teacher import Teacher
-from ..training.compiling import compile_whole
+from ..training.compiling import compile_whole, try_each
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Compiled:
     seconds: float
     """Of the first step, compilation included."""
     error: str
-    """Why not; empty if it did."""
+    """What could not be compiled, and why; empty if all could."""
 
 
 def try_compile(
@@ -37,20 +37,21 @@ def try_compile(
 
     ``aot_eager`` proves that both are one graph, forward and backward, in seconds; ``inductor`` makes the kernels too.
     """
-    modules = [distiller] if teacher is None else [distiller, teacher]
+    modules: dict[str, nn.Module] = {} if teacher is None else {"teacher": teacher}
+    modules["student"] = distiller
     images, given = batch
-    began, error = perf_counter(), ""
-    try:
-        for module in modules:
-            module.compile(fullgraph=True, dynamic=False, backend=backend)
+
+    def step() -> None:
         with accelerator.autocast():
             out = distiller(images, {**given, **(teacher(images) if teacher is not None else {})})
         out.loss.backward()
-    except Exception as raised:  # the compiler's errors have no common class
-        cause = getattr(raised, "inner_exception", None) or raised
-        error = next(iter(str(cause).strip().splitlines()), type(cause).__name__)[:200]
-    finally:
-        compile_whole(modules, None)
-        distiller.zero_grad(set_to_none=True)
-        torch.compiler.reset()
-    return Compiled(backend, perf_counter() - began, error)
+
+    def compile_one(module: nn.Module) -> None:
+        module.compile(fullgraph=True, dynamic=False, backend=backend)
+
+    began = perf_counter()
+    failed = try_each(step, modules, compile_one, accelerator.device)
+    seconds = perf_counter() - began
+    compile_whole(list(modules.values()), None)
+    torch.compiler.reset()
+    return Compiled(backend, seconds, "; ".join(f"{name}: {why}" for name, why in failed.items()))

@@ -136,6 +136,8 @@ class Compile(Strict):
     """``auto`` is ``default`` on a GPU. For models that wait for kernel launches: ``graphs`` replays the plain step as
     one CUDA graph and starts at once; ``compiled-graphs`` compiles it first, which takes a minute and runs faster, and
     so does ``reduce-overhead``, in several graphs of torch's own."""
+    teacher: StrictBool = True
+    """Whether teachers are compiled, too; ``graphs`` records them all the same."""
 
 
 class Ema(Strict):

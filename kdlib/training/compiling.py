@@ -1,9 +1,9 @@
-"""torch.compile for a training step: teacher and distiller each as one graph, or as they are, told in one line."""
+"""torch.compile for a training step: teacher and distiller each as one graph or as it is, told in one line."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from time import perf_counter
 from typing import Any
@@ -47,34 +47,57 @@ def compile_whole(modules: Sequence[nn.Module], mode: str | None) -> None:
 
 
 def rehearse(
-    step: Callable[[], object], modules: Sequence[nn.Module], mode: str, device: torch.device
+    step: Callable[[], object], modules: Mapping[str, nn.Module], mode: str, device: torch.device
 ) -> tuple[str | None, str]:
-    """Compiles ``modules`` and runs ``step`` once, forward and backward, so that what cannot be compiled shows now.
+    """Compiles ``modules`` and runs ``step``, forward and backward, so that what cannot be compiled shows now.
 
-    Buffers, gradients and random numbers are afterwards as they were before: a run is the same with and without it.
+    One after the other, so that it is known which of them cannot; that one runs as it is. Buffers, gradients and random
+    numbers are afterwards as they were before: a run is the same with and without it.
 
     Args:
         step: one forward and backward of all of ``modules``.
+        modules: by what a person calls them; those whose answers others are given first, as what they answer then is
+            what they will answer.
 
     Returns:
-        ``(mode in force, a line for people)``: if a module cannot be compiled whole, compilation is taken off and the
-        mode is None.
+        ``(mode in force, a line for people)``: None where no module can be compiled whole.
 
     Raises:
         Exception: whatever ``step`` raises when nothing is compiled.
     """
     started = perf_counter()
-    compile_whole(modules, mode)
-    try:
-        with unchanged(modules, device):
-            step()
-        return mode, f"compiled ({mode}), first step {perf_counter() - started:.0f} s"
-    except Exception as error:  # the compiler's errors have no common class
-        why = reason(error)
-    compile_whole(modules, None)
-    with unchanged(modules, device):
-        step()
-    return None, f"runs without torch.compile, which cannot take it whole: {why}"
+    failed = try_each(step, modules, lambda module: compile_whole([module], mode), device)
+    if failed:
+        with unchanged(list(modules.values()), device):
+            step()  # what it raises is not the compiler's fault
+    why = "; ".join(f"{name}: {reason}" for name, reason in failed.items())
+    if len(failed) == len(modules):
+        return None, f"runs without torch.compile, which cannot take it whole ({why})"
+    but = f", but for what cannot be taken whole ({why})" if failed else ""
+    return mode, f"compiled ({mode}), first step {perf_counter() - started:.0f} s{but}"
+
+
+def try_each(
+    step: Callable[[], object],
+    modules: Mapping[str, nn.Module],
+    compile_one: Callable[[nn.Module], None],
+    device: torch.device,
+) -> dict[str, str]:
+    """Compiles each module and runs ``step``; what fails is taken off again, and the rest stays.
+
+    Returns:
+        name to the reason, of those that cannot be compiled.
+    """
+    failed = {}
+    for name, module in modules.items():
+        try:
+            compile_one(module)
+            with unchanged(list(modules.values()), device):
+                step()
+        except Exception as error:  # the compiler's errors have no common class
+            failed[name] = reason(error)
+            compile_whole([module], None)
+    return failed
 
 
 def begin_step(mode: str | None) -> None:

@@ -57,6 +57,7 @@ class Training:
     channels_last: bool = False
     compile: str = "auto"
     """A mode of ``compiling.MODES``."""
+    compile_teacher: bool = True
     ema: ModelEmaV3 | None = None
     """Moving average of the student, made before the distiller was."""
     log_every: int = 50
@@ -143,14 +144,16 @@ class Training:
         assert self.mode is not None
         self._set_epoch()
         images, targets = next(self._batches(0))
-        modules = [self.distiller] if self.teacher is None else [self.distiller, self.teacher]
+        modules: dict[str, nn.Module] = {} if self.teacher is None else {"teacher": self.teacher}
+        modules["student"] = self.distiller
+        chosen = {name: module for name, module in modules.items() if self.compile_teacher or name == "student"}
         recorded, mode = self.mode in compiling.RECORDED, compiling.RECORDED.get(self.mode, self.mode)
         if mode is not None:
             backward = partial(self._backward, images, targets)
-            self.mode, line = compiling.rehearse(backward, modules, mode, images.device)
+            self.mode, line = compiling.rehearse(backward, chosen, mode, images.device)
             say(f"{self.title}: {line}", self.main)
         if recorded:
-            graphs = Graphs(self._backward, modules, self.distiller.live, self.accumulate)
+            graphs = Graphs(self._backward, list(modules.values()), self.distiller.live, self.accumulate)
             self.graphs, line = try_graphs(graphs, images, targets)
             say(f"{self.title}: {line}", self.main)
 
