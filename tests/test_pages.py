@@ -66,6 +66,8 @@ def test_the_readme_tells_a_steps_measured_cost() -> None:
     assert f"terms takes {own['of_floor'][1]:.2f} times as long as a plain step" in readme
     for who, name in (("torchdistill", "torchdistill takes"), ("nvidia-modelopt", "NVIDIA's Model-Optimizer")):
         assert f"{name} {blocks[who, 'eager']['ms'] / own['ms']:.2f}" in readme
+    ratio = blocks["timm.task (logits only)", "eager"]["ms"] / blocks["kdlib (logits only)", "default"]["ms"]
+    assert f"timm.task {ratio:.2f} times as long for labels and logits alone" in readme
 
 
 @pytest.mark.parametrize("page", ["README.md", "recipes/riformer/README.md"])
