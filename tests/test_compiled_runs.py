@@ -105,6 +105,21 @@ def test_teachers_are_compiled_unless_they_are_left_out(teachers: bool, tmp_path
     assert run.teacher is not None and (run.teacher._compiled_call_impl is not None) == teachers
 
 
+def test_terms_may_end_one_after_the_other_and_runs_follow_each_other(tmp_path: Path) -> None:
+    """Each time a term ends the distiller is compiled again, which torch by itself allows eight times a function."""
+    for number in range(2):
+        run = training(tmp_path / str(number), "default", 1)
+        pairs = kd.pair(run.distiller.student, run.teacher.model, "stem")  # type: ignore[union-attr]
+        ends = [kd.Term(f"until_{n}", FeatureMSE(), pairs=pairs, schedule=kd.Window(until=n)) for n in range(1, 11)]
+        terms = [kd.Term("label", CrossEntropy()), *ends]
+        run.distiller, run.teacher = kd.Distiller(run.distiller.student, terms), kd.Teacher(Tiny(), terms)
+        run.optimizer, run.epochs = torch.optim.AdamW(run.distiller.parameters()), 11
+        run.run()
+        assert run.mode == "default"
+        assert run.distiller.live() == ("label",)
+    assert graphs() == 2 * (11 + 1), "of each run: the distiller eleven times, the teacher as long as it is run, once"
+
+
 def test_a_compiled_run_that_was_stopped_ends_as_one_that_was_not(tmp_path: Path) -> None:
     whole = training(tmp_path / "whole", "default", 2)
     whole.run()

@@ -100,6 +100,25 @@ def try_each(
     return failed
 
 
+@contextmanager
+def with_room(mode: str | None, graphs: int) -> Iterator[None]:
+    """Lets a function be compiled ``graphs`` times more than torch allows, and forgets afterwards what was compiled.
+
+    All distillers of a process share one ``forward``, of which torch keeps eight graphs; the ninth ends the run. A run
+    needs one for each set of terms that are on, and teachers, baseline and student train in one process.
+    """
+    if mode is None or RECORDED.get(mode, mode) is None:
+        yield
+        return
+    from torch._dynamo import config  # heavy, and only what compiles needs it
+
+    try:
+        with config.patch(cache_size_limit=config.cache_size_limit + graphs):
+            yield
+    finally:
+        torch.compiler.reset()
+
+
 def begin_step(mode: str | None) -> None:
     """Tells the compiler's CUDA graphs that what the last step gave may be overwritten."""
     if mode == "reduce-overhead":

@@ -93,7 +93,9 @@ class Training:
         self.guard = Guard(self.on_nonfinite, self.folder, self.title, train, self.accumulate, accelerator)
         self.journal = Journal(self.folder, accelerator, train, self.accumulate, self.guard.look)
         self.shield = Shield(self.distiller, self.optimizer, self.accelerator, on=self.on_nonfinite == "skip")
-        with losses_told(), listen() as self.asked:
+        self.mode = compiling.resolve(self.compile, accelerator.device)
+        room = compiling.with_room(self.mode, graphs=len(self.distiller.terms))
+        with losses_told(), listen() as self.asked, room:
             self._begin()
             done = self.at.epoch * self.batches + self.at.batch
             try:
@@ -123,7 +125,6 @@ class Training:
             self.state.save(self.at)  # a disk that cannot hold it says so now, and there is a point to go back to
         self.graphs: Graphs | None = None
         self._set_out()
-        self.mode = compiling.resolve(self.compile, self.accelerator.device)
         if self.mode is not None and self.sharded:
             self.mode = None
             say(f"{self.title}: runs without torch.compile, whose whole graph FSDP2 cuts", self.main)
