@@ -16,6 +16,11 @@ from kdlib.training import compiling
 CPU = torch.device("cpu")
 
 
+@pytest.fixture(autouse=True)
+def _nothing_compiled_before() -> None:
+    torch.compiler.reset()
+
+
 class Asks(nn.Module):
     """Looks at a value while it runs, which no whole graph can."""
 
