@@ -142,6 +142,8 @@ TABLES = {
     "sixty64": partial(imitation, "imitation_60k"),
     "imitation": partial(imitation, "imitation_5k"),
     "thousand": partial(imitation, "imitation_1k"),
+    "long": partial(imitation, "imitation_5k_long"),
+    "poor": partial(imitation, "imitation_1k_poor_twin"),
     "nano": nano,
     "sixty": sixty,
     "throughput": throughput,
