@@ -11,6 +11,8 @@ RIFORMER = "accelerate launch recipes/riformer/run.py"
 CONFIGS = "recipes/riformer/configs"
 STUDY = "accelerate launch recipes/riformer/study.py"
 GRAPHS = "compile.mode=compiled-graphs threads=1 data.augment.crop_padding=2"
+LIKE = "--rows labels soft 'relation alone' 'windows, λ of the paper' 'whole run, λ of the paper' " \
+       "'initial weights, soft' 'whole run, initial weights'"  # fmt: skip
 FSDP = "accelerate launch --use_fsdp --fsdp_version 2 --num_processes 8"
 POLICIES = (
     "TRANSFORMER_BASED_WRAP --fsdp_transformer_layer_cls_to_wrap Block",
@@ -108,12 +110,14 @@ HELP = [
     "kdlib shards /data/set train='train-*.tar' validation='val-*.tar' --classes names.txt",
     *(f"{FSDP} --fsdp_auto_wrap_policy {policy} run.py" for policy in POLICIES),
     f"{STUDY} ladder --data fashion_mnist_5k --seeds 5 --jobs 16",
-    f"{STUDY} ladder --data fashion_mnist_5k --seeds 5 --jobs 30 {GRAPHS}",
-    f"{STUDY} imitation --data fashion_mnist_5k --seeds 5 --jobs 10 {GRAPHS}",
-    f"{STUDY} imitation --data fashion_mnist --seeds 3 --rows labels soft 'relation alone' 'windows, λ of the paper' "
-    f"'whole run, λ of the paper' 'initial weights, soft' 'whole run, initial weights' --jobs 12 {GRAPHS}",
-    f"{STUDY} imitation --data fashion_mnist_5k --seeds 5 --out runs/studies/imitation-1k --jobs 16 {GRAPHS} "
-    "data.limit=1000 epochs=100 teachers.wide.recipe.epochs=600 teachers.twin.recipe.epochs=600",
+    f"{STUDY} ladder --data fashion_mnist_5k --seeds 5 --jobs 40 {GRAPHS} save_every=800",
+    f"{STUDY} imitation --data fashion_mnist_5k --seeds 5 --jobs 20 {GRAPHS} save_every=800",
+    f"{STUDY} imitation --data fashion_mnist --seeds 3 {LIKE} --jobs 12 {GRAPHS}",
+    f"{STUDY} imitation --data fashion_mnist_5k --seeds 3 --out runs/studies/imitation-1k --jobs 8 {GRAPHS} "
+    "save_every=800 data.limit=1000 epochs=100 eval_every=10 teachers.wide.recipe.epochs=600 "
+    "teachers.wide.recipe.eval_every=100 teachers.twin.recipe.epochs=600 teachers.twin.recipe.eval_every=100",
+    f"{STUDY} imitation --data fashion_mnist_5k_final --seeds 3 --out runs/studies/long {LIKE} --jobs 20 {GRAPHS} "
+    "save_every=800 data.augment.mixup=0.8 data.augment.cutmix=1.0 eval_every=20",
     f"{STUDY} teachers --data fashion_mnist_5k --seeds 1 --jobs 10 {GRAPHS}",
     f"{STUDY} beginning --data fashion_mnist_5k --seeds 5 --jobs 16 {GRAPHS}",
 ]
