@@ -90,6 +90,15 @@ def throughput() -> str:
     return f"{about(found)}\n\n{best}\n\n{ratios}"
 
 
+def inference(name: str) -> str:
+    found = result(name)
+    if found is None:
+        return NOT_YET
+    rows = [(row["model"], row["form"], row["setting"], f"{row['ms']:.2f}", f"{row['images_per_second']:,.0f}",
+             _ratio(row, "of_train")) for row in found["rows"] if "ms" in row]  # fmt: skip
+    return f"{about(found)}\n\n{table(('model', 'form', 'setting', 'ms', 'images/s', 'of the train form'), rows)}"
+
+
 def scaling() -> str:
     found = result("scaling")
     if found is None:
@@ -183,6 +192,7 @@ def kernels() -> str:
 
 TABLES = {
     "step": lambda: step("step"), "step_cpu": lambda: step("step_cpu"), "throughput": throughput, "scaling": scaling,
+    "inference": lambda: inference("inference"), "inference_cpu": lambda: inference("inference_cpu"),
     "losses": losses, "roofline": roofline, "kernels": kernels,
 }  # fmt: skip
 

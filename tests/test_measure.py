@@ -443,7 +443,7 @@ WRONG = [
     ("latency", ["--out", "nowhere/x.json"], "there is no folder nowhere"),
     ("latency", ["--draw", "nowhere.json"], "nowhere.json"),
     ("latency", ["--draw", str(ROOT / "pyproject.toml")], "is no JSON"),
-    ("latency", ["--draw", str(ROOT / "benchmarks/results/inference.json")], "is no result of this script"),
+    ("latency", ["--draw", str(ROOT / "benchmarks/results/inference_cpu.json")], "is no result of this script"),
     ("receptive_field", [], "name a run folder"),
     ("receptive_field", ["nowhere"], "no run is there"),
     ("receptive_field", ["resnet_nano=x.pth"], "timm knows no such model"),
