@@ -6,7 +6,7 @@ images -> Distiller(images, targets): student forward -> views -> adapters -> lo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -68,6 +68,13 @@ class Distiller(nn.Module):
         self.register_buffer("weights", torch.tensor([term.weight for term in self.terms]), persistent=False)
         self._force(tuple(term.weight for term in self.terms))
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Distiller:
+        """Whatever the student is converted to: in half precision a weight of 1e-8 would be 0."""
+        super()._apply(fn, recurse)
+        if self.weights.dtype != torch.float32:
+            self.weights = torch.tensor(self._in_force, device=self.weights.device)
+        return self
+
     def _force(self, weights: tuple[float, ...]) -> None:
         self._in_force = weights
         self._live = tuple(i for i, weight in enumerate(weights) if weight > 0)
@@ -82,10 +89,16 @@ class Distiller(nn.Module):
                 follow(epoch, epochs)
 
     def set_weights(self, weights: Mapping[str, float]) -> None:
-        """Puts weights by hand in force, by term name; terms that are not named keep theirs."""
+        """Puts weights by hand in force, by term name; terms that are not named keep theirs.
+
+        Raises:
+            ValueError: no such term; a weight that is negative, infinite or NaN.
+        """
         names = [term.name for term in self.terms]
         if unknown := set(weights) - set(names):
             raise ValueError(f"no term {sorted(unknown)[0]!r}; the terms are {', '.join(names)}")
+        if bad := [(name, weight) for name, weight in weights.items() if not 0 <= weight < float("inf")]:
+            raise ValueError(f"weight {bad[0][1]:g} of term {bad[0][0]!r}: weights are finite numbers from 0 up")
         new = tuple(float(weights.get(name, old)) for name, old in self.weights_in_force().items())
         if new != self._in_force:
             self.weights.copy_(torch.tensor(new, dtype=self.weights.dtype), non_blocking=True)
@@ -124,9 +137,12 @@ class Distiller(nn.Module):
         return logits, {term.name: self._value(term, seen, targets, images.shape) for term in live}
 
     def _idle(self) -> Tensor | float:
-        """Zero, with a gradient path to the trained parts of terms that are off, so that no rank waits for them."""
+        """Zero, with a gradient path to what no live term trains, so that no rank waits for it: the trained parts of
+        terms that are off, and, where none reads the answer, the student's last layers."""
         off = [term.name for i, term in enumerate(self.terms) if i not in self._live]
-        modules = [held[name] for held in (self.adapters, self.losses) for name in off if name in held]
+        modules: list[nn.Module] = [held[name] for held in (self.adapters, self.losses) for name in off if name in held]
+        if not any("@output" in self.terms[i].student_taps for i in self._live):
+            modules.append(self.student)
         parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
         return sum((p.sum() for p in parameters), start=0.0) * 0.0 if parameters else 0.0
 

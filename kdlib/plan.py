@@ -125,6 +125,7 @@ def _fit(
             s = read(term, 0, seen[pair.student], images.shape)
             t = read(term, 1, targets[pair.teacher], images.shape) if pair.teacher in targets else None
             if t is not None and term.adapter is not None and pair.student not in adapters and s.shape != t.shape:
+                _check_alone(term, pair.student)
                 adapters[pair.student] = build_adapter(term.adapter, str(term.view), s.shape, t.shape, images.shape).to(
                     images.device
                 )
@@ -136,6 +137,19 @@ def _fit(
             _try(term, mine, theirs, teacher)
         fitted.append(term)
     return Plan(tuple(fitted), tuple(rows))
+
+
+def _check_alone(term: Term, tap: str) -> None:
+    """Raises where a student's tap that needs an adapter, which is the tap's, is compared with several teacher's taps.
+
+    Raises:
+        ValueError: it is.
+    """
+    if len(others := [pair.teacher for pair in term.pairs if pair.student == tap]) > 1:
+        raise ValueError(
+            f"term {term.name!r}: {tap!r} is compared with {', '.join(others)} through one adapter; give each of these "
+            "pairs a term, and so an adapter, of its own"
+        )
 
 
 @torch.no_grad()

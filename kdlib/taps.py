@@ -87,9 +87,9 @@ class Taps:
             raise RuntimeError(f"tap {name!r} gave {type(value).__name__}, not a tensor; tap a submodule of it instead")
         if name in self._sink:
             raise RuntimeError(f"tap {name!r} fired twice in one forward (a shared module?); tap its parent instead")
-        if torch.compiler.is_compiling():
-            # what comes later in the pass may write into the tensor, and no version tells here: the compiler keeps a
-            # copy where that is so, and drops the clone where it is not
+        if torch.compiler.is_compiling() and not torch.is_grad_enabled():
+            # a frozen model may write into the tensor later in the pass, and no version tells here: the compiler keeps
+            # a copy where that is so, and drops the clone where it is not. A student that does so is refused by fit.
             value = value.clone()
         self._sink[name] = value
         if not torch.compiler.is_compiling():

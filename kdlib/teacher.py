@@ -104,6 +104,8 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         targets: dict[str, Tensor] = {}
+        if self.model.training:
+            self.model.eval()  # whoever holds the model may have called train(), and batch statistics would move
         with self._precision(images.device):
             for name, live in self._live.items():
                 if live:

@@ -90,7 +90,18 @@ class Term:
         return self.layout if isinstance(self.layout, tuple) else (self.layout, self.layout)
 
     def weight_at(self, epoch: float, epochs: int) -> float:
-        return self.weight * self.schedule(epoch, epochs)
+        """The weight in force at ``epoch`` of ``epochs``.
+
+        Raises:
+            ValueError: the schedule's factor makes it negative, infinite or NaN.
+        """
+        factor = self.schedule(epoch, epochs)
+        if not 0 <= self.weight * factor < float("inf"):
+            raise ValueError(
+                f"term {self.name!r}: its schedule gives the factor {factor:g} at epoch {epoch:g}; factors are finite "
+                "numbers from 0 up"
+            )
+        return self.weight * factor
 
 
 def check_terms(terms: Sequence[Term]) -> tuple[Term, ...]:

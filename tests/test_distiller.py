@@ -261,6 +261,31 @@ def test_schedules_move_weights_and_skip_terms(student: nn.Module, teacher: nn.M
         assert (len(calls) == 1) == (expected > 0) and ("early" in out.terms) == (expected > 0)
 
 
+def test_where_no_term_reads_the_answer_every_parameter_has_a_gradient(
+    student: nn.Module, teacher: nn.Module, images: Tensor
+) -> None:
+    terms = [kd.Term("block", FeatureMSE(), pairs=kd.pair(student, teacher, "stem"))]
+    distiller = kd.Distiller(student, terms)
+    distiller(images, kd.Teacher(teacher, terms)(images)).loss.backward()
+    for name, parameter in student.named_parameters():
+        assert parameter.grad is not None and bool(parameter.grad.any()) == name.startswith("stem"), name
+
+
+def test_weights_in_force_keep_their_precision(student: nn.Module) -> None:
+    distiller = kd.Distiller(student, [kd.Term("soft", SoftTarget(), 1e-8), kd.Term("label", CrossEntropy(), 0.3)])
+    for convert in (nn.Module.half, nn.Module.bfloat16, nn.Module.float):
+        convert(distiller)
+        assert distiller.weights.dtype == torch.float32
+        assert torch.equal(distiller.weights, torch.tensor([1e-8, 0.3]))
+
+
+def test_a_teacher_that_somebody_put_into_training_mode_stays_as_it_was(teacher: nn.Module, images: Tensor) -> None:
+    ask = kd.Teacher(teacher, [kd.Term("soft", SoftTarget())])
+    expected, before = ask(images)["@output"], teacher.norm.running_mean.clone()
+    teacher.train()
+    assert torch.equal(ask(images)["@output"], expected) and torch.equal(teacher.norm.running_mean, before)
+
+
 def test_a_muted_term_with_an_adapter_still_reaches_its_parameters(
     student: nn.Module, wide: nn.Module, images: Tensor
 ) -> None:
@@ -406,6 +431,10 @@ def test_what_is_wrong_says_so(student: nn.Module, teacher: nn.Module, images: T
         kd.Distiller(student, [kd.Term("label", CrossEntropy())])(images, {"@output": images})
     with pytest.raises(ValueError, match="no term 'sft'; the terms are soft"):
         kd.Distiller(student, [soft]).set_weights({"sft": 1.0})
+    with pytest.raises(ValueError, match="weight -1 of term 'soft': weights are finite numbers from 0 up"):
+        kd.Distiller(student, [soft]).set_weights({"soft": -1.0})
+    with pytest.raises(ValueError, match=r"term 'soft': its schedule gives the factor -0\.5 at epoch 3"):
+        kd.Distiller(student, [kd.Term("soft", SoftTarget(), schedule=kd.Ramp(1.0, -1.0))]).set_epoch(3, 4)
     with pytest.raises(RuntimeError, match="trains nothing: student tap '@output'"):
         kd.Distiller(student.requires_grad_(False), [soft])(images, {"@output": torch.randn(4, 5)})
     with pytest.raises(ValueError, match=r"no size yet; call kdlib\.fit"):

@@ -143,6 +143,23 @@ def test_fused_keeps_mode_dtype_and_shares_nothing(level):
     assert ("drop_path" in str(fused)) == (level == "norm")
 
 
+def test_a_norm_of_another_eps_is_not_fused():
+    model = small()
+    model.stages[1].blocks[0].norm2.eps = 1e-3
+    for level in LEVELS:
+        with pytest.raises(ValueError, match=r"norm2 has eps 0.001, a fused block computes with 1e-05"):
+            fuse(model, level)
+
+
+def test_fused_keeps_what_is_frozen_and_what_is_dropped():
+    model = small(drop_path_rate=0.3)
+    model.stages[1].blocks[1].drop_path2.drop_prob = 0.9
+    for frozen in (False, True):
+        fused = fuse(model.requires_grad_(not frozen), "norm")
+        assert all(parameter.requires_grad != frozen for parameter in fused.stages[1].parameters())
+        assert fused.stages[1].blocks[1].drop_path2.drop_prob == 0.9
+
+
 def test_norm_form_can_be_trained_on():
     fused = fuse(small(), "norm").train()
     fused(torch.randn(2, 3, 40, 48)).square().sum().backward()

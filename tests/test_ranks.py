@@ -31,8 +31,8 @@ SCRIPT = textwrap.dedent(
         student.norm = torch.nn.GroupNorm(1, 8)  # batch statistics differ between half and whole batches
         pairs = kd.pair(student, teacher, "stages.*.blocks.-1")
         terms = [
-            kd.Term("soft", SoftTarget(2.0)),
-            kd.Term("label", CrossEntropy()),
+            kd.Term("soft", SoftTarget(2.0), 1.0, kd.Window(until=4)),
+            kd.Term("label", CrossEntropy(), 1.0, kd.Window(until=4)),
             kd.Term("block", FeatureMSE(), 0.5, kd.Window(until=2), pairs, adapter="linear"),
             kd.Term("relation", GramRelation(), pairs=pairs),
         ]
@@ -44,12 +44,12 @@ SCRIPT = textwrap.dedent(
         distiller, ask = kd.Distiller(student, plan.terms), kd.Teacher(teacher, plan.terms)
         optimizer = torch.optim.SGD(distiller.parameters(), lr=0.05, momentum=0.9)
         engine, optimizer = accelerator.prepare(distiller, optimizer)
-        data = torch.randn(4, 8, 3, 8, 8, generator=torch.Generator().manual_seed(3))
+        data = torch.randn(6, 8, 3, 8, 8, generator=torch.Generator().manual_seed(3))
         labels = torch.arange(8) % 5
         gradients = []
-        for step in range(4):  # the block term, and its adapters, fall silent after two steps
-            distiller.set_epoch(step, 4)
-            ask.set_epoch(step, 4)
+        for step in range(6):  # the block term, and its adapters, fall silent after two steps, the head after four
+            distiller.set_epoch(step, 6)
+            ask.set_epoch(step, 6)
             images, mine = data[step].chunk(world)[rank], labels.chunk(world)[rank]
             accelerator.backward(engine(images, ask(images) | {{"@labels": mine}}).loss)
             gradients.append([p.grad.clone() for p in distiller.parameters()])

@@ -137,6 +137,38 @@ def test_hooks_set_before_compiling_fire_in_one_graph(student: nn.Module, images
         torch.testing.assert_close(look(images), student.stages[0].blocks[0](student.stem(images)))
 
 
+class InPlace(nn.Module):
+    """Writes into what its norm returned, as ResNets do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.act = nn.BatchNorm2d(3), nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.norm(x))
+        x += 1
+        return x
+
+
+def test_a_frozen_compiled_pass_keeps_what_is_changed_in_place_later(images: Tensor) -> None:
+    model = InPlace().eval()
+    taps = Taps(model, ["norm"])
+    with pytest.raises(RuntimeError, match="changed in place after their tap"):
+        taps.watch(model, images)
+    _, plain = taps.watch(model, images, stop_early=True)
+    look = torch.compile(lambda x: taps.watch(model, x)[1]["norm"], fullgraph=True, backend="aot_eager")
+    look = torch.no_grad()(look)
+    assert plain["norm"].min() < 0
+    torch.testing.assert_close(look(images), plain["norm"])
+
+
+def test_taps_fire_in_inference_mode(student: nn.Module, images: Tensor) -> None:
+    taps = Taps(student.eval(), ["stages.0.blocks.0"])
+    with torch.inference_mode():
+        _, seen = taps.watch(student, images)
+    assert seen["stages.0.blocks.0"].is_inference()
+
+
 def test_a_pass_that_ran_as_it_is_may_be_compiled_afterwards(student: nn.Module, images: Tensor) -> None:
     taps = Taps(student.eval(), ["stages.0.blocks.0"])
     _, plain = taps.watch(student, images)

@@ -28,9 +28,9 @@ except ImportError as error:
         'recipes.riformer.model.fuse(net, "full"), which needs nothing'
     ) from error
 
+from recipes.riformer.fusion import EPS
 from recipes.riformer.model import MetaFormer, Stage, fuse
 
-EPS = 1e-5
 Tile = dict[str, int]
 """Launch parameters: M, N, (K, G,) num_warps, num_stages."""
 SMALL, LARGE = Tile(M=64, N=64, num_warps=4, num_stages=2), Tile(M=128, N=64, num_warps=8, num_stages=2)

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 AFFINE_INITS = ("trunc_normal", "uniform", "zero_branch")
 MIXERS = ("affine", "pool", "identity")
+EPS = 1e-5
+"""Of every norm; GroupNorm's own."""
 
 
 class ChannelAffine(nn.Module):
@@ -105,7 +107,7 @@ class TokenNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim)) if affine else None
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.layer_norm(x, x.shape[1:], eps=1e-5)
+        x = F.layer_norm(x, x.shape[1:], eps=EPS)
         return x if self.weight is None or self.bias is None else x * self.weight + self.bias
 
 
@@ -242,9 +244,19 @@ FOLDS = {"norm": fold_norm, "full": fold_full}
 
 
 def fuse_block(block: nn.Module, level: str) -> nn.Module:
-    """A new block of form `level`, in training mode: the same function as `block`, which has an earlier form."""
+    """A new block of form `level`, in training mode: the same function as `block`, which has an earlier form.
+
+    Raises:
+        ValueError: a norm of the block has another eps than 1e-5, the only one that fused blocks know.
+    """
     assert isinstance(block.args, BlockArgs)
+    for name, part in block.named_modules():
+        if isinstance(part, nn.GroupNorm) and part.eps != EPS:
+            raise ValueError(f"{name} has eps {part.eps:g}, a fused block computes with {EPS:g}; train with that one")
     with torch.device("meta"):
         fused = BLOCKS[level](block.args)
     fused.load_state_dict(FOLDS[level](block.state_dict()), assign=True)
-    return fused
+    for name, part in fused.named_modules():
+        if isinstance(part, DropPath):
+            part.drop_prob = block.get_submodule(name).drop_prob  # which may have been changed since it was made
+    return fused.requires_grad_(any(parameter.requires_grad for parameter in block.parameters()))
