@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import timm
 import torch
@@ -174,3 +176,14 @@ def test_a_model_given_in_the_wrong_place_is_as_it_was(student: nn.Module, wide:
     assert all(module.training for module in student.modules())
     assert {parameter.dtype for parameter in student.parameters()} == {torch.float32}
     assert not any(module._forward_hooks for module in student.modules())
+
+
+def test_an_adapter_belongs_to_one_pair(student: nn.Module, wide: nn.Module, images: Tensor) -> None:
+    """Two pairs of one student tap would share it, whatever their shapes."""
+    pairs = [kd.Pair("stem", "stem"), kd.Pair("stem", "stages.0.blocks.0")]
+    with pytest.raises(
+        ValueError, match=r"'stem' is compared with stem, stages\.0\.blocks\.0 through one adapter; give"
+    ):
+        kd.fit([kd.Term("block", FeatureMSE(), pairs=pairs, adapter="linear")], student, wide, images)
+    same = [kd.Term("block", FeatureMSE(), pairs=[kd.Pair("stem", "stem")] * 2, adapter="linear")]
+    kd.fit(same, student, copy.deepcopy(student), images)  # where none is needed, none is shared
