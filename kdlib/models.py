@@ -19,7 +19,7 @@ from .recipe.wording import nearest
 from .training.runfolder import CONFIG, STUDENT
 from .yaml12 import YAMLError, parse
 
-IMPORT_HINT = "; models of a recipe need --import, e.g. --import recipes.riformer.run"
+IMPORT_HINT = "; models of a recipe, and your own, need --import of what registers them: --import recipes.riformer.run"
 REMOTE = ("hf-hub:", "local-dir:")
 
 

@@ -21,6 +21,7 @@ class Term:
     Raises:
         ValueError: a name that is no plain word, no pairs, an unknown ``reduce``, a negative weight, several pairs for
             a loss that remembers images.
+        TypeError: a class in place of a loss, one pair in place of several.
     """
 
     name: str
@@ -46,6 +47,10 @@ class Term:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z_][\w-]*", self.name):
             raise ValueError(f"a term's name is a plain word (letters, digits, _ and -), got {self.name!r}")
+        if isinstance(self.loss, type):
+            raise TypeError(f"term {self.name!r}: its loss is the class {self.loss.__name__}; make one of it, with ()")
+        if any(isinstance(pair, str) for pair in self.pairs):
+            raise TypeError(f"term {self.name!r}: pairs are a list, [Pair(student, teacher), …], got {self.pairs}")
         if self.reduce not in ("mean", "sum"):
             raise ValueError(f"term {self.name!r}: reduce is 'mean' or 'sum' over pairs, got {self.reduce!r}")
         if not 0 <= self.weight < float("inf"):

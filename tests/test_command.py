@@ -109,7 +109,7 @@ def test_help_is_as_wide_as_the_terminal(ask, monkeypatch: pytest.MonkeyPatch, c
         (["inspect", "resnet81"], "resnet81: no timm model, no file and no folder; did you mean 'resnet18'?"),
         (["inspect", "resnet18", "--import", "nowhere"], "--import nowhere: cannot be imported (No module named "),
         (["pairs", "resnet18", "resnet34", "--pattern", "layer9.*"], "pattern 'layer9.*' finds nothing at 'layer9'"),
-        (["pairs", "resnet18", "resnet18", "--images", "no"], "unknown data set 'no'"),
+        (["pairs", "resnet18", "resnet18", "--images", "no"], "--images: no folder no"),
         (["pairs", "resnet18", "resnet18", "--count", "3"], "--count: CKA needs at least 4 images, got 3"),
         (["pairs", "resnet18", "resnet18", "--out", "no/p.png"], "--out: no folder "),
     ],

@@ -417,6 +417,10 @@ def test_what_is_wrong_says_so(student: nn.Module, teacher: nn.Module, images: T
         kd.Distiller(student, [])
     with pytest.raises(ValueError, match="plain word"):
         kd.Term("a.b", SoftTarget())
+    with pytest.raises(TypeError, match=r"term 'soft': its loss is the class SoftTarget; make one of it"):
+        kd.Term("soft", SoftTarget)
+    with pytest.raises(TypeError, match=r"term 'x': pairs are a list, .* got \('stem', 'stem'\)"):
+        kd.Term("x", FeatureMSE(), pairs=("stem", "stem"))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="weight must be"):
         kd.Term("soft", SoftTarget(), weight=-1.0)
     with pytest.raises(ValueError, match="'mean' or 'sum'"):

@@ -13,6 +13,7 @@ import timm
 import torch
 from conftest import ROOT
 from timm.data.transforms_factory import create_transform
+from timm.models import build_model_with_cfg, register_model
 from torch import nn
 
 import recipes.riformer.model  # noqa: F401  registers the models
@@ -101,6 +102,34 @@ def test_the_folder_is_what_the_hub_serves(timm_run: Found, tmp_path: Path, monk
     model = timm.create_model("hf-hub:me/student", pretrained=True).eval()
     images = timm_run.noise(4)
     torch.testing.assert_close(model(images), timm_run.model(images))
+
+
+class Bare(nn.Module):
+    """What a page of the docs registers: none of what timm's own models tell about themselves."""
+
+    def __init__(self, num_classes: int = 10, in_chans: int = 3) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(in_chans, 8, 4, 4), nn.Linear(8, num_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.head(self.stem(x).mean((2, 3)))
+        return out
+
+
+@register_model
+def bare(pretrained: bool = False, **arguments: Any) -> nn.Module:
+    model: nn.Module = build_model_with_cfg(Bare, "bare", pretrained, **arguments)
+    return model
+
+
+def test_a_model_of_ones_own_becomes_a_folder_of_timms(small_run: Path, tmp_path: Path) -> None:
+    data = f"data={{name: folder, root: '{small_run.parent / 'images'}', image_size: 32, batch_size: 16, workers: 0}}"
+    made = [PLAIN, "student.name=bare", data, "epochs=1", "threads=1", "schedule.warmup_epochs=0"]
+    runs.run(load(read([*made, f"output={tmp_path / 'run'}"])))
+    done = export(find_model(str(tmp_path / "run")), "timm", tmp_path / "out")
+    assert done.difference < 1e-5
+    told = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (told["architecture"], told["num_classes"], told["num_features"]) == ("bare", 3, None)
 
 
 def test_an_argument_that_was_taken_away_is_not_written(timm_run: Found, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from kdlib import cli, launch, runs
 from kdlib.config import ConfigError, read
 from kdlib.pairs import alike, blocks
 from kdlib.recipe import load
-from kdlib.report import figures, page, report
+from kdlib.report import figures, page, plots, report
 from kdlib.report.answers import answers
 from kdlib.report.opened import open_run
 from kdlib.report.timing import PARTS, time_step
@@ -323,6 +323,12 @@ def test_several_runs_stand_side_by_side_with_what_sets_them_apart(made: Path, t
     assert f"points above the student of {made.name}" in found.text[""] or "points below the student" in found.text[""]
 
 
+def test_curves_are_left_out_where_they_are_the_same_runs_only() -> None:
+    points = [(1.0, 50.0)]
+    lines = [plots.Line(name, points, 0, folder=Path(of)) for name, of in (("a", "x"), ("b", "y"), ("a again", "x"))]
+    assert [line.label for line in page._once(lines)] == ["a", "b"]
+
+
 def test_a_run_without_weights_leads_to_a_page_that_says_so(made: Path, tmp_path: Path) -> None:
     run = copy(made, tmp_path)
     for name in ("summary.json", "student.safetensors", "metrics.jsonl"):
@@ -369,7 +375,7 @@ def test_the_command_writes_the_page_and_refuses_in_one_line(
         ("nowhere", "nowhere: no run (there is no such folder); name the folder of a run, a recipe's output=…"),
         ("empty", "empty: no run (empty/config.yaml is missing); name the folder of a run"),
         ("r.html", "r.html: no run (it is a file); name"),
-        ("broken", "broken/config.yaml: student.name: no model 'riformer_nan'; import the recipe that registers it"),
+        ("broken", "broken/config.yaml: student.name: no model 'riformer_nan'; import the recipe, or your own"),
         ("lacking", "lacking/config.yaml: data: gone: no such folder"),
     ):
         assert cli.main(["report", name, "--out", "x.html"]) == 2

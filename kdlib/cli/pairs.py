@@ -93,6 +93,8 @@ def _compare(student: Found, teacher: Found, options: Namespace) -> None:
             )
     if not options.out.absolute().parent.is_dir():
         raise ValueError(f"--out: no folder {options.out.absolute().parent}")
+    if options.images and not Path(options.images).is_dir():
+        raise ValueError(f"--images: no folder {options.images}")
     source = options.images or options.data or "fashion-mnist-5k"
     likeness = alike(student.model, teacher.model, _batches(student, teacher, source, options.count), taps[0], taps[1])
     chosen = suggest(likeness)

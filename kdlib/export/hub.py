@@ -41,9 +41,12 @@ def write_folder(context: Context, folder: Path) -> None:
     assert found.data is not None
     model = model.to(memory_format=torch.contiguous_format)
     named = {"architecture": context.name, "first_conv": None, "classifier": None}
-    told: dict[str, Any] = dict(getattr(model, "pretrained_cfg", None) or {})
-    kept = {key: told[key] for key in OF_ARCHITECTURE if key in told}
-    setattr(model, "pretrained_cfg", named | kept | prepared(found))  # noqa: B010  a plain attribute, not a submodule
+    given: dict[str, Any] = dict(getattr(model, "pretrained_cfg", None) or {})
+    kept = {key: given[key] for key in OF_ARCHITECTURE if key in given}
+    # plain attributes, not submodules; timm tells the last two, which a model of one's own need not have
+    told = {"pretrained_cfg": named | kept | prepared(found), "num_classes": len(found.data.classes)}
+    for name, value in (told | {"num_features": getattr(model, "num_features", None)}).items():
+        setattr(model, name, value)
     save_for_hf(
         model,
         str(folder),

@@ -85,7 +85,7 @@ def open_run(folder: Path, device: torch.device, convert: weights.Convert | None
         recipe = load(read([str(file)])).model_copy(update={"output": folder})
     except ConfigError as error:
         if unknown := [line for line in error.lines if ": no model " in line]:
-            hint = "import the recipe that registers it first (kdlib report … --import recipes.NAME.run)"
+            hint = "import the recipe, or your own module, that registers it (kdlib report … --import recipes.NAME.run)"
             raise ConfigError([f"{unknown[0].partition(';')[0]}; {hint}"]) from None
         raise
     try:

@@ -61,14 +61,10 @@ def render(views: Sequence[View], device: torch.device) -> str:
 
 def _once(lines: Sequence[plots.Line]) -> list[plots.Line]:
     """Without those curves that a run shares with an earlier one, its teachers' for one."""
-    seen: list[tuple[str, Any]] = []
-    kept = []
+    kept: dict[object, plots.Line] = {}
     for line in lines:
-        key = (line.dash, line.points)
-        if key not in seen:
-            seen.append(key)
-            kept.append(line)
-    return kept
+        kept.setdefault(line.folder.resolve() if line.folder else id(line), line)
+    return list(kept.values())
 
 
 def differences(configs: Sequence[Mapping[str, Any]], but: Sequence[str] = ()) -> list[tuple[str, list[str]]]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -54,6 +55,8 @@ class Line:
     colour: int
     """Number of the series' colour."""
     dash: str = "solid"
+    folder: Path | None = None
+    """Of the run that it shows."""
 
     @property
     def css(self) -> str:

@@ -188,7 +188,7 @@ def _accuracy_lines(opened: Opened, number: int, alone: bool) -> list[plots.Line
         if points:
             dash = {"student": "solid", "baseline": "dashed"}.get(member.what, "dotted")
             label = member.what if alone else f"{opened.name}: {member.what}"
-            lines.append(plots.Line(label, points, len(lines) if alone else number, dash))
+            lines.append(plots.Line(label, points, len(lines) if alone else number, dash, member.folder))
     return lines
 
 
