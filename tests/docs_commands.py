@@ -86,6 +86,7 @@ HELP = [
     "kdlib pairs '{name: resnet18, pretrained: true}' '{name: resnet34, pretrained: true}' --images photos/ "
     "--out alike.png",
     "kdlib doctor my.yaml",
+    "accelerate launch compare.py temperature.yaml --data small.yaml --seeds 3 --jobs 2",
     "kdlib schema --into my.yaml",
     "kdlib report runs/mine",
     "kdlib export runs/mine --to onnx",

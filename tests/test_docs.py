@@ -20,6 +20,7 @@ from docs_commands import COMMANDS, HELP, INSTALLS, SHORT
 
 import kdlib
 from kdlib import cli, config, losses, recipe, yaml12
+from kdlib.study.rows import load_study
 
 DOCS = ROOT / "docs"
 ELSEWHERE = {"docs/migration": "test_migration.py", "recipes/riformer/model_card.md": "test_cli.py"}
@@ -52,7 +53,7 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     torch._functorch.config.backward_pass_autocast = backward
     losses.LOSSES.clear()
     losses.LOSSES.update(known)
-    for name in ("my_models", "my_losses", "run"):
+    for name in ("my_models", "my_losses", "run", "compare"):
         sys.modules.pop(name, None)
 
 
@@ -153,10 +154,14 @@ def execute(command: str) -> None:
 
 
 def check_yaml(block: Block) -> None:
-    """A whole recipe where it names a student, else a part of one; one that begins with ``# name.yaml`` is written."""
+    """A study where it has rows, a whole recipe where it names a student, else a part of one; one that begins with
+    ``# name.yaml`` is written."""
     if named := re.match(r"# (\w+\.yaml)\n", block.text):
         Path(named[1]).write_text(block.text)
     said, document = yaml12.parse(block.text), config.Document()
+    if "rows" in said:
+        assert named and load_study(Path(named[1])).rows
+        return
     if "student" not in said or "terms" not in said:
         document.overlay(yaml12.parse(BASE), "base")
     document.overlay(said, str(block))
