@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from losses_plain import PLAIN
 
 from kdlib import losses
 from kdlib.losses import rkd
+from kdlib.losses.algebra import kl
 
 torch.set_num_threads(1)
 
@@ -67,3 +70,117 @@ def test_samples_closer_than_1e_12_coincide():
         assert gradient.isfinite().all()
         values.append(value.item())
     assert values[1] == pytest.approx(values[0], rel=1e-9) != pytest.approx(values[2], rel=1e-3)
+
+
+BETWEEN_LOGITS = {
+    "soft_target": losses.SoftTarget(2.0),
+    "ttm": losses.TTM(),
+    "wttm": losses.WTTM(),
+    "binary": losses.Binary(),
+    "dkd": losses.DKD(temperature=2.0),
+    "nkd": losses.NKD(),
+    "ofa": losses.OFA(variant="paper"),
+    "cross_entropy": losses.CrossEntropy(),
+    "top_k": losses.TopK(losses.SoftTarget(), 6),
+}
+
+
+@pytest.mark.parametrize("who", ["both", "teacher", "student"])
+@pytest.mark.parametrize("name", BETWEEN_LOGITS)
+def test_masked_classes(name, who):
+    """Value and gradient are those of classes that are as good as impossible; infinite where the teacher wants one."""
+    loss = BETWEEN_LOGITS[name]
+    student, teacher = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([0, 1, 2, 0])
+    masked = torch.zeros(4, 6, dtype=torch.bool)
+    masked[0, 3] = masked[2, 4:] = True
+
+    def given(level, dtype):
+        s, t = (
+            x.to(dtype).masked_fill(masked, level) if who in (side, "both") else x.to(dtype)
+            for x, side in ((student, "student"), (teacher, "teacher"))
+        )
+        needs = {"teacher": t, "labels": t.softmax(1) if name == "cross_entropy" else labels}
+        return s, *(needs[need] for need in loss.against)
+
+    value, gradient = measured(loss, *given(-torch.inf, torch.float32))
+    assert gradient.isfinite().all()
+    if who == "student":
+        assert value == torch.inf
+        return
+    exact, expected = measured(partial(PLAIN[name], loss), *given(-300.0, torch.float64))
+    assert apart(value, exact) < 1e-5
+    assert apart(gradient, expected) < 1e-5
+
+
+def test_a_learned_temperature_learns_nothing_from_masked_classes():
+    student, teacher = torch.randn(2, 4, 6)
+    kept = losses.LearnableTemperature(losses.SoftTarget())
+    masked = losses.LearnableTemperature(losses.SoftTarget())
+    masked(*(x.masked_fill(torch.arange(6) > 3, -torch.inf) for x in (student, teacher))).backward()
+    kept(student[:, :4], teacher[:, :4]).backward()
+    torch.testing.assert_close(masked.theta.grad, kept.theta.grad)
+
+
+def test_the_rest_of_the_top_classes_may_be_masked_whole():
+    student, teacher = (x.masked_fill(torch.arange(6) > 3, -torch.inf) for x in torch.randn(2, 4, 6))
+    value, gradient = measured(losses.TopK(losses.SoftTarget(), 4, rest=True), student, teacher)
+    expected, other = measured(losses.SoftTarget(), student[:, :4], teacher[:, :4])
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(gradient[:, :4], other)
+    assert not gradient[:, 4:].any()
+
+
+def test_a_masked_class_by_hand():
+    student, teacher = torch.tensor([[1.0, 2.0, -torch.inf]]), torch.tensor([[2.0, 1.0, -torch.inf]])
+    assert losses.SoftTarget()(student, teacher).item() == pytest.approx(0.46211716)
+
+
+NEARLY = {
+    "soft_target": losses.SoftTarget(4.0),
+    "ttm": losses.TTM(exponent=1.0),
+    "wttm": losses.WTTM(exponent=1.0),
+    "binary": losses.Binary(),
+    "dkd": losses.DKD(),
+    "channel_wise": losses.ChannelWise(4.0),
+}
+
+
+@pytest.mark.parametrize("noise", [1e-2, 1e-3, 1e-4])
+@pytest.mark.parametrize("name", NEARLY)
+def test_distributions_that_nearly_agree(name, noise):
+    """A divergence is quadratic in the gap, and what rounds in float32 is linear in it."""
+    loss = NEARLY[name]
+    drawn = torch.Generator().manual_seed(0)
+    teacher = 3 * torch.randn(64, 1000, generator=drawn)
+    student = teacher + noise * torch.randn(64, 1000, generator=drawn)
+    if name == "channel_wise":
+        student, teacher = student.view(8, 8, 25, 40), teacher.view(8, 8, 25, 40)
+    labels = [torch.arange(64)] if "labels" in loss.against else []
+    value, gradient = measured(loss, student, teacher, *labels)
+    exact, expected = measured(partial(PLAIN[name], loss), student.double(), teacher.double(), *labels)
+    assert apart(value, exact) < 1e-3
+    assert apart(gradient, expected) < 1e-6 / noise, "what the rounding of logits leaves of it"
+
+
+def test_a_divergence_is_never_negative():
+    drawn = torch.Generator().manual_seed(0)
+    for noise in (1e-3, 1e-5, 1e-7, 0.0):
+        teacher = torch.randn(64, 1000, generator=drawn).log_softmax(1)
+        student = (teacher + noise * torch.randn(64, 1000, generator=drawn)).log_softmax(1)
+        assert (kl(student, teacher) >= 0).all()
+
+
+def test_a_divergence_has_both_its_gradients_and_theirs():
+    def divergence(q, p):
+        return kl(q.log_softmax(-1), p.log_softmax(-1))
+
+    logits = [(3 * torch.randn(4, 5, dtype=torch.float64)).requires_grad_() for _ in range(2)]
+    assert torch.autograd.gradcheck(divergence, logits) and torch.autograd.gradgradcheck(divergence, logits)
+    by_q, by_p = torch.autograd.grad(divergence(*logits).sum(), logits)
+    q, p = (x.softmax(-1) for x in logits)
+    torch.testing.assert_close(by_q, q - p)
+    plain = torch.nn.functional.kl_div(
+        logits[0].log_softmax(-1), logits[1].log_softmax(-1), log_target=True, reduction="sum"
+    )
+    torch.testing.assert_close(by_p, torch.autograd.grad(plain, logits[1])[0])

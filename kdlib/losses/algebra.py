@@ -31,6 +31,42 @@ def over(x: Tensor, temperature: float) -> Tensor:
     return x if temperature == 1 else x / temperature
 
 
+class _KL(torch.autograd.Function):
+    """Keeps nothing but the two logarithms; what the backward pass makes of them may be differentiated again."""
+
+    @staticmethod
+    def forward(ctx: Any, log_q: Tensor, log_p: Tensor) -> Tensor:
+        ctx.save_for_backward(log_q, log_p)
+        p, gap = log_p.exp(), log_q - log_p
+        # the first form keeps its digits near equality, the second overflows nowhere and holds at log_p = -inf
+        change = torch.where(gap < 1, p * gap.expm1(), log_q.exp() - p)
+        return (change - (p * gap).masked_fill(p == 0, 0)).sum(-1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        log_q, log_p = ctx.saved_tensors
+        p, grad = log_p.exp(), grad.unsqueeze(-1)
+        by_q = grad * (log_q.exp() - p) if ctx.needs_input_grad[0] else None
+        by_p = grad * p * (log_p - log_q).masked_fill(p == 0, 0) if ctx.needs_input_grad[1] else None
+        return by_q, by_p
+
+
+def kl(log_q: Tensor, log_p: Tensor) -> Tensor:
+    """``Σ p log(p / q)`` over the last axis, of logarithms of distributions that sum to one there.
+
+    As ``Σ (p log(p / q) + q − p)``, which is the same, but has no summand below 0: of distributions that nearly agree,
+    ``p log(p / q)`` is first-order and cancels in the sum, and leaves its rounding. A class without mass in ``p`` adds
+    nothing to the divergence, whatever ``q`` is there; one without mass in ``q`` alone makes it infinite.
+    """
+    value: Tensor = _KL.apply(log_q, log_p)
+    return value
+
+
+def weighted(weight: Tensor, log_q: Tensor) -> Tensor:
+    """``weight · log_q``, 0 where the weight is 0, even beside a logarithm of ``-inf``."""
+    return weight * log_q.masked_fill(weight == 0, 0)
+
+
 def mean_square(s: Tensor, t: Tensor) -> Tensor:
     """Mean of ``(s − t)²`` over all elements of two tensors of one shape, read in the order of ``s`` in memory.
 

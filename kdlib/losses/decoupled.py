@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .algebra import over
+from .algebra import kl, over, weighted
 from .base import Loss, full_precision
 from .checks import check_alike, check_labels, check_positive
 
@@ -16,7 +15,8 @@ class DKD(Loss):
 
     With ``p = softmax(logits / T)`` and label ``y``: ``b = (p_y, 1 − p_y)``, and ``n`` is ``p`` over the classes other
     than ``y``, scaled to sum to one. ``log(1 − p_y)`` is a logsumexp over those classes, and they are told apart by
-    ``-inf``, so the value is finite and exact for any gap between logits.
+    ``-inf``, so the value is finite and exact for any gap between logits. Other classes may be masked by ``-inf``, but
+    for the label and one more.
 
     Shapes: student and teacher logits ``(B, K)``, labels int64 ``(B,)``. Floor: 0, where the two distributions are
     equal. Needs labels; soft labels (mixup) are not allowed, for the definition has one target class.
@@ -56,8 +56,7 @@ class DKD(Loss):
             pair = torch.cat([logits.gather(1, labels.long()[:, None]), rest.logsumexp(-1, keepdim=True)], dim=-1)
             parts += [pair.log_softmax(-1), rest.log_softmax(-1)]
         pair_q, log_q, pair_p, log_p = parts
-        binary = F.kl_div(pair_q, pair_p, reduction="sum", log_target=True)
-        others = (log_p.exp() * (log_p - log_q).masked_fill(target, 0)).sum()
+        binary, others = kl(pair_q, pair_p).sum(), kl(log_q, log_p).sum()
         scale = self.temperature**2 / len(student)
         return self.alpha * scale * binary + self.beta * scale * others
 
@@ -71,6 +70,7 @@ class NKD(Loss):
     ``s_y``, ``t_y`` are the label's probabilities at temperature 1; ``n`` is the softmax of ``logits / T`` over the
     classes other than the label, sum over classes, mean over samples. The temperature does not touch the first part.
     It is a cross-entropy: the teacher's entropy is not taken off, and the usual loss with the labels is added outside.
+    Classes may be masked by ``-inf``, but for the label and one more.
 
     Shapes: student and teacher logits ``(B, K)``, labels int64 ``(B,)``. Floor: ``gamma · T²`` times the mean entropy
     of ``n_t``, approached as ``s_y`` goes to 1. Needs labels; soft labels (mixup) are not allowed.
@@ -105,8 +105,8 @@ class NKD(Loss):
         p_target = teacher.softmax(dim=-1).gather(1, labels.long()[:, None])
         log_q_target = student.log_softmax(dim=-1).gather(1, labels.long()[:, None])
         log_q, log_p = (_others(over(x, self.temperature), target) for x in (student, teacher))
-        others = (log_p.exp() * log_q.masked_fill(target, 0)).sum()
-        return -((p_target * log_q_target).sum() + self.gamma * self.temperature**2 * others) / len(student)
+        others = weighted(log_p.exp(), log_q).sum()
+        return -(weighted(p_target, log_q_target).sum() + self.gamma * self.temperature**2 * others) / len(student)
 
     def extra_repr(self) -> str:
         return f"gamma={self.gamma}, temperature={self.temperature}"

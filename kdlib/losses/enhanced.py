@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .algebra import over
+from .algebra import over, weighted
 from .base import Loss, full_precision
 from .checks import check_alike, check_choice, check_labels, check_positive
 from .decoupled import target_mask
@@ -58,7 +58,7 @@ class OFA(Loss):
         p = over(teacher, self.temperature).softmax(dim=-1)
         enhanced = (p + target) ** self.eps
         weight = enhanced - target.to(p.dtype) if self.variant == "code" else torch.where(target, enhanced, p)
-        return (weight * F.log_softmax(over(student, self.temperature), dim=-1)).sum() / -len(student)
+        return weighted(weight, F.log_softmax(over(student, self.temperature), dim=-1)).sum() / -len(student)
 
     def extra_repr(self) -> str:
         return f"eps={self.eps}, temperature={self.temperature}, variant={self.variant!r}"

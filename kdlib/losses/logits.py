@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from .algebra import over
+from .algebra import kl, over, weighted
 from .base import Loss, full_precision
 from .checks import check_alike, check_positive
 
@@ -15,7 +15,8 @@ class SoftTarget(Loss):
 
     Shapes: student and teacher logits ``(B, K)``. Floor: 0, where the two distributions are equal. No labels.
     ``T²`` keeps the gradient's size about the same at every temperature. DeiT's published loss divides by ``B · K``
-    instead of ``B``; scale by ``1 / K`` to get it.
+    instead of ``B``; scale by ``1 / K`` to get it. A class that the teacher masks by ``-inf`` adds nothing; one
+    that the student alone masks makes the value infinite.
 
     Args:
         temperature: ``T > 0``; larger is softer.
@@ -38,9 +39,9 @@ class SoftTarget(Loss):
     @full_precision
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         check_alike(self, student, teacher, "B K")
-        log_p = F.log_softmax(over(student, self.temperature), dim=-1)
-        log_q = F.log_softmax(over(teacher, self.temperature), dim=-1)
-        return F.kl_div(log_p, log_q, reduction="sum", log_target=True) * (self.temperature**2 / len(student))
+        log_q = F.log_softmax(over(student, self.temperature), dim=-1)
+        log_p = F.log_softmax(over(teacher, self.temperature), dim=-1)
+        return kl(log_q, log_p).sum() * (self.temperature**2 / len(student))
 
     def extra_repr(self) -> str:
         return f"temperature={self.temperature}"
@@ -83,7 +84,8 @@ class CrossEntropy(Loss):
     """``−Σ y · log softmax(student)``: cross-entropy with the labels ``y``, mean over samples.
 
     Shapes: student logits ``(B, K)``; labels int64 ``(B,)``, or probabilities ``(B, K)`` as mixup gives them.
-    Floor: 0 for integer labels (the labels' entropy for soft ones). Needs labels, soft ones allowed.
+    Floor: 0 for integer labels (the labels' entropy for soft ones). Needs labels, soft ones allowed. A logit may be
+    ``-inf`` where the label, smoothed, has no mass.
 
     Args:
         label_smoothing: share of the target spread evenly over all classes, in ``[0, 1)``.
@@ -114,7 +116,10 @@ class CrossEntropy(Loss):
                 f"CrossEntropy takes logits (B, K) with labels int64 (B,) or float (B, K), got logits "
                 f"{tuple(student.shape)} with labels {tuple(labels.shape)} of {labels.dtype}"
             )
-        return F.cross_entropy(student, labels if soft else labels.long(), label_smoothing=self.label_smoothing)
+        if soft:
+            wanted = labels * (1 - self.label_smoothing) + self.label_smoothing / student.shape[1]
+            return -weighted(wanted, student.log_softmax(dim=-1)).sum() / len(student)
+        return F.cross_entropy(student, labels.long(), label_smoothing=self.label_smoothing)
 
     def extra_repr(self) -> str:
         return f"label_smoothing={self.label_smoothing}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from .algebra import gram_gap, over, same_grid, unit
+from .algebra import gram_gap, kl, over, same_grid, unit
 from .base import Loss, full_precision
 from .checks import check_alike, check_maps, check_positive
 
@@ -41,10 +41,9 @@ class ChannelWise(Loss):
     @full_precision
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         check_alike(self, student, teacher, "B C H W")
-        log_p = over(student.flatten(2), self.temperature).log_softmax(dim=-1)
-        log_q = over(teacher.flatten(2), self.temperature).log_softmax(dim=-1)
-        total = F.kl_div(log_p, log_q, reduction="sum", log_target=True)
-        return total * (self.temperature**2 / (student.shape[0] * student.shape[1]))
+        log_q = over(student.flatten(2), self.temperature).log_softmax(dim=-1)
+        log_p = over(teacher.flatten(2), self.temperature).log_softmax(dim=-1)
+        return kl(log_q, log_p).mean() * self.temperature**2
 
     def extra_repr(self) -> str:
         return f"temperature={self.temperature}"

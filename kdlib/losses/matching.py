@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from .algebra import over
+from .algebra import kl, over
 from .base import Loss, full_precision
 from .checks import check_alike, check_positive
 
@@ -39,7 +39,7 @@ class TTM(Loss):
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         check_alike(self, student, teacher, "B K")
         log_r = F.log_softmax(self.exponent * teacher, dim=-1)
-        return F.kl_div(F.log_softmax(student, dim=-1), log_r, reduction="batchmean", log_target=True)
+        return kl(F.log_softmax(student, dim=-1), log_r).mean()
 
     def extra_repr(self) -> str:
         return f"exponent={self.exponent}"
@@ -75,9 +75,8 @@ class WTTM(Loss):
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         check_alike(self, student, teacher, "B K")
         powers = self.exponent * F.log_softmax(teacher, dim=-1)
-        log_r = F.log_softmax(powers, dim=-1)
-        # r · U is what softmax(teacher)^exponent is
-        return (powers.exp() * (log_r - F.log_softmax(student, dim=-1))).sum() / len(student)
+        unsureness = powers.exp().sum(-1)
+        return (unsureness * kl(F.log_softmax(student, dim=-1), F.log_softmax(powers, dim=-1))).mean()
 
     def extra_repr(self) -> str:
         return f"exponent={self.exponent}"
@@ -112,8 +111,7 @@ class Binary(Loss):
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         check_alike(self, student, teacher, "B K")
         student, teacher = over(student, self.temperature), over(teacher, self.temperature)
-        yes = teacher.sigmoid() * (F.logsigmoid(teacher) - F.logsigmoid(student))
-        no = (-teacher).sigmoid() * (F.logsigmoid(-teacher) - F.logsigmoid(-student))
+        yes, no = (kl(F.logsigmoid(sign * student), F.logsigmoid(sign * teacher)) for sign in (1, -1))
         return (yes + no).sum() * (self.temperature**2 / len(student))
 
     def extra_repr(self) -> str:

@@ -70,8 +70,14 @@ class LearnableTemperature(Wrapper):
     def forward(self, student: Tensor, *against: Tensor) -> Tensor:
         teacher, rest = self.split(against)
         temperature = self.temperature.to(student.dtype)
-        given = () if teacher is None else (teacher / temperature,)
-        return self.loss(student / temperature, *given, *rest) * temperature.square()
+        given = () if teacher is None else (_over(teacher, temperature),)
+        return self.loss(_over(student, temperature), *given, *rest) * temperature.square()
 
     def extra_repr(self) -> str:
         return f"start={self.start}, span={self.span}, ramp={self.ramp}"
+
+
+def _over(logits: Tensor, temperature: Tensor) -> Tensor:
+    """``logits / temperature``, from whose ``-inf``, that a class is masked by, the temperature learns nothing."""
+    masked = logits == -torch.inf
+    return (logits.masked_fill(masked, 0) / temperature).masked_fill(masked, -torch.inf)

@@ -52,7 +52,8 @@ class Standardized(Wrapper):
     logits become 0.
 
     Shapes: logits ``(B, K)``, and what the held loss needs. Floor: the held loss's. Labels: as the held loss. The
-    published weight is 9 with ``SoftTarget(2.0)`` inside.
+    published weight is 9 with ``SoftTarget(2.0)`` inside. Logits must be finite: with a class masked by ``-inf`` there
+    is no mean, and the value is NaN.
 
     Args:
         loss: any loss between logits.
@@ -147,5 +148,7 @@ class TopK(Wrapper):
 
 
 def _others(logits: Tensor, where: Tensor) -> Tensor:
-    """``(B, 1)``: logsumexp of the classes that ``where`` does not name."""
-    return logits.scatter(-1, where, -torch.inf).logsumexp(dim=-1, keepdim=True)
+    """``(B, 1)``: logsumexp of the classes that ``where`` does not name; ``-inf``, no gradient, if all are masked."""
+    rest = logits.scatter(-1, where, -torch.inf)
+    masked = rest.amax(dim=-1, keepdim=True) == -torch.inf
+    return rest.masked_fill(masked, 0).logsumexp(dim=-1, keepdim=True).masked_fill(masked, -torch.inf)
