@@ -116,6 +116,22 @@ def test_ofd_takes_its_margin_from_the_examples():
     assert "margin" in loss.state_dict()
 
 
+def test_ofd_takes_its_margin_from_a_state_dict():
+    """Also one that lies deeper, and not from a state dict without it."""
+    fitted, (student, teacher) = losses.OFD(), torch.randn(2, 4, 3, 5, 5)
+    fitted.fit(student, teacher)
+    held = nn.ModuleDict({"ofd": losses.OFD(student_channels=3, teacher_channels=3)})
+    state = {f"ofd.{name}": value for name, value in fitted.state_dict().items()}
+    held.load_state_dict({name: value for name, value in state.items() if "margin" not in name}, strict=False)
+    with pytest.raises(ValueError, match="has no margin"):
+        held["ofd"](student, teacher)
+    held.load_state_dict(state)
+    for loss in (held["ofd"], copy.deepcopy(held["ofd"]), pickle.loads(pickle.dumps(held["ofd"]))):
+        assert torch.equal(loss.eval()(student, teacher), fitted.eval()(student, teacher))
+    held["ofd"].fit(student, torch.randn(4, 3, 5, 5))
+    assert torch.equal(held["ofd"].margin, fitted.margin), "what was loaded is not found anew"
+
+
 def test_ofd_margin_of_a_channel_that_is_never_negative():
     margin = losses.overhaul.margin_of(torch.tensor([0.1]), torch.tensor([5.0]))
     assert margin.item() == pytest.approx(-0.3)

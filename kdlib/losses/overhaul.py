@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,14 +22,15 @@ class OFD(Learned):
     norm (``−3 |w|`` where ``Φ ≤ 0.001``). ``s`` is the student through a learned 1×1 convolution and batch norm.
 
     Shapes: student map ``(B, C, H, W)``, teacher map ``(B, C', H, W)``, both before their ReLU. Plain sum, as the
-    published function; its script divides by ``B · 10⁴`` and by ``2^(levels above)``: ``reduction="batchmean"`` divides
-    by ``B``, the rest is the term's weight. Floor: 0. No labels.
+    published function, so that its value grows with the batch: half a batch has half of it, on each of two processes
+    too. Its script divides by ``B · 10⁴`` and by ``2^(levels above)``: ``reduction="batchmean"`` divides by ``B``, and
+    is a mean over samples; the rest is the term's weight. Floor: 0. No labels.
 
     Args:
         margin: ``(C',)`` or ``(1, C', 1, 1)``; or the teacher's batch norm before the ReLU, from which it is computed;
             left out, ``fit`` takes mean and deviation of the example's channels.
         project: False: the student comes in the teacher's channels already, nothing is learned.
-        reduction: ``"sum"`` or ``"batchmean"``.
+        reduction: ``"sum"`` or, over samples, ``"batchmean"``.
         student_channels, teacher_channels: left out, ``fit`` finds them.
 
     Raises:
@@ -59,6 +60,8 @@ class OFD(Learned):
         if isinstance(margin, nn.Module):
             margin = margin_of(margin.weight.detach(), margin.bias.detach())  # type: ignore[operator]
         self.given = None if margin is None else margin.detach().clone().reshape(1, -1, 1, 1)
+        self.known = margin is not None
+        self.register_load_state_dict_pre_hook(_margin_comes)
         self.size(student_channels, teacher_channels)
 
     def build(self, c_s: int, c_t: int) -> None:
@@ -72,16 +75,16 @@ class OFD(Learned):
 
     def fit(self, student: Tensor, teacher: Tensor, head: nn.Module | None = None) -> None:
         super().fit(student, teacher)
-        if self.given is None:
+        if not self.known:
             values = teacher.detach().float().movedim(1, 0).flatten(1)
-            self.given = margin_of(values.std(1, unbiased=False), values.mean(1)).reshape(1, -1, 1, 1)
-            self.margin.copy_(self.given)
+            self.margin.copy_(margin_of(values.std(1, unbiased=False), values.mean(1)).reshape(1, -1, 1, 1))
+            self.known = True
 
     @full_precision
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         check_maps(self, student, teacher)
         self.require_fit()
-        if self.given is None:
+        if not self.known:
             raise ValueError("OFD has no margin yet: pass margin= (the teacher's batch norm), or call fit")
         s = run(self.connect, student)
         m = torch.maximum(teacher, self.margin.to(s.dtype))
@@ -90,6 +93,11 @@ class OFD(Learned):
 
     def extra_repr(self) -> str:
         return f"project={self.project}, reduction={self.reduction!r}, sizes={self.sizes}"
+
+
+def _margin_comes(loss: OFD, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Of a state dict; that the buffer holds one cannot be asked of a GPU without waiting for it."""
+    loss.known = loss.known or prefix + "margin" in state
 
 
 def margin_of(weight: Tensor, bias: Tensor) -> Tensor:
