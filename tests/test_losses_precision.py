@@ -184,3 +184,23 @@ def test_a_divergence_has_both_its_gradients_and_theirs():
         logits[0].log_softmax(-1), logits[1].log_softmax(-1), log_target=True, reduction="sum"
     )
     torch.testing.assert_close(by_p, torch.autograd.grad(plain, logits[1])[0])
+
+
+@pytest.mark.parametrize("variant", ["code", "paper"])
+@pytest.mark.parametrize("eps", [1e-7, 1e-12, 1e-30])
+@pytest.mark.parametrize("size", [1, 3, 64])
+def test_neighbours_in_the_opposite_direction(size, eps, variant):
+    """Whose cosine of -1 rounds below it; of one number each all cosines are 1 or -1."""
+    drawn = torch.Generator().manual_seed(0)
+    loss = losses.PKT(eps, variant)
+    for _ in range(10):
+        student, teacher = torch.randn(2, 6, size, generator=drawn)
+        teacher[1], teacher[2] = -teacher[0], -3 * teacher[0]
+        opposite = student.clone()
+        opposite[4] = -opposite[3]
+        for s in (student, opposite, teacher):
+            value, gradient = measured(loss, s, teacher)
+            assert value.isfinite() and gradient.isfinite().all()
+        if eps == 1e-7 and size > 1:
+            exact, _ = measured(partial(PLAIN["pkt"], loss), student.double(), teacher.double())
+            assert apart(loss(student, teacher), exact) < 1e-4

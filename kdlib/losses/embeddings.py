@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .algebra import weighted
 from .base import Loss, full_precision
 from .checks import check_alike, check_choice, check_embeddings, check_positive
 
@@ -49,12 +50,15 @@ class PKT(Loss):
         check_embeddings(self, student, teacher)
         q_s, q_t = self._neighbours(student), self._neighbours(teacher)
         gap = q_t - q_s  # its rows sum to zero: taking it off changes nothing but the rounding
-        values = q_t * (gap / (q_s + self.eps)).log1p() - gap
+        p, q = q_t + self.eps, q_s + self.eps
+        near = gap.abs() < q / 2  # further away 1 + gap / q may round to 0, or the gradient of gap / q overflow
+        log = torch.where(near, (gap.masked_fill(~near, 0) / q).log1p(), p.log() - q.log())
+        values = weighted(q_t, log) - gap
         return values.mean() if self.variant == "code" else values.sum()
 
     def _neighbours(self, x: Tensor) -> Tensor:
         x = x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + self.eps)
-        alike = (x @ x.mT + 1) / 2
+        alike = ((x @ x.mT + 1) / 2).clamp_min(0)  # of opposite samples it is 0 but for the rounding
         if self.variant == "paper":
             alike = alike.masked_fill(torch.eye(len(x), dtype=torch.bool, device=x.device), 0)
         total = alike.sum(1, keepdim=True)
