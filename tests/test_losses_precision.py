@@ -204,3 +204,19 @@ def test_neighbours_in_the_opposite_direction(size, eps, variant):
         if eps == 1e-7 and size > 1:
             exact, _ = measured(partial(PLAIN["pkt"], loss), student.double(), teacher.double())
             assert apart(loss(student, teacher), exact) < 1e-4
+
+
+@pytest.mark.parametrize("level", [0.0, 0.1, 100.1])
+@pytest.mark.parametrize("classes", [10, 37, 1000])
+@pytest.mark.parametrize(
+    "loss",
+    [losses.DIST(variant="paper"), losses.Standardized(losses.SoftTarget(), "paper")],
+    ids=["dist", "standardized"],
+)
+def test_equal_logits_have_no_direction(loss, classes, level):
+    """As of a classifier that begins at zero: what its mean leaves by rounding is not brought to unit length."""
+    student, teacher = torch.full((16, classes), level), torch.randn(16, classes)
+    value, gradient = measured(loss, student, teacher)
+    exact, expected = measured(loss, torch.full_like(student, level, dtype=torch.float64), teacher.double())
+    assert apart(value, exact) < 1e-5
+    assert apart(gradient, expected) < 1e-4

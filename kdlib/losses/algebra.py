@@ -17,6 +17,17 @@ def unit(x: Tensor, dim: int | tuple[int, int] = -1, eps: float = 1e-12) -> Tens
     return x / (length + (length <= eps))
 
 
+def centred(x: Tensor, dim: int) -> Tensor:
+    """``x`` minus its mean along ``dim``; exactly 0, with the gradient of that, for a constant ``x``.
+
+    What rounding leaves of a constant would otherwise be a direction, and count as much as any once at unit length.
+    """
+    rest = x - x.mean(dim, keepdim=True)
+    fixed = rest.detach()
+    rounding = 8 * torch.finfo(x.dtype).eps * torch.linalg.vector_norm(x.detach(), dim=dim, keepdim=True)
+    return rest - fixed.masked_fill(torch.linalg.vector_norm(fixed, dim=dim, keepdim=True) > rounding, 0)
+
+
 def cosine_gap(a: Tensor, b: Tensor, dim: int, eps: float = 1e-12) -> Tensor:
     """``1 − cos`` along ``dim``, 1 beside a zero vector; as ``|u − v|² / 2``, which keeps its digits near equality."""
     length_a, length_b = (torch.linalg.vector_norm(x, dim=dim, keepdim=True) for x in (a, b))

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .algebra import cosine_gap, gram_gap, over
+from .algebra import centred, cosine_gap, gram_gap, over
 from .base import Loss, full_precision
 from .checks import check_alike, check_choice, check_positive
 
@@ -62,9 +62,9 @@ class DIST(Loss):
         return (self.beta * inter + self.gamma * intra) * (self.temperature**2 if self.variant == "code" else 1)
 
     def _distance(self, p: Tensor, q: Tensor, dim: int) -> Tensor:
-        a, b = p - p.mean(dim, keepdim=True), q - q.mean(dim, keepdim=True)
         if self.variant == "paper":
-            return cosine_gap(a, b, dim)
+            return cosine_gap(centred(p, dim), centred(q, dim), dim)
+        a, b = p - p.mean(dim, keepdim=True), q - q.mean(dim, keepdim=True)
         lengths = torch.linalg.vector_norm(a, dim=dim) * torch.linalg.vector_norm(b, dim=dim)
         return 1 - (a * b).sum(dim) / (lengths + 1e-8)
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .algebra import unit
+from .algebra import centred, unit
 from .base import Loss, Need, _nothing, full_precision
 from .checks import check_choice
 
@@ -84,10 +84,9 @@ class Standardized(Wrapper):
         return self.loss(self._standard(student), *given, *rest)
 
     def _standard(self, logits: Tensor) -> Tensor:
-        centred = logits - logits.mean(dim=-1, keepdim=True)
         if self.variant == "paper":
-            return unit(centred) * logits.shape[-1] ** 0.5
-        return centred / (logits.std(dim=-1, keepdim=True) + 1e-7)
+            return unit(centred(logits, -1)) * logits.shape[-1] ** 0.5
+        return (logits - logits.mean(dim=-1, keepdim=True)) / (logits.std(dim=-1, keepdim=True) + 1e-7)
 
     def extra_repr(self) -> str:
         return f"variant={self.variant!r}"
