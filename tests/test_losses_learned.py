@@ -319,6 +319,38 @@ def test_a_sum_fits_its_parts_and_knows_their_needs():
     assert (losses.SoftTarget() + losses.CrossEntropy()).soft_labels
 
 
+@pytest.mark.parametrize(("temperature", "half"), [(0.07, False), (0.07, True), (1e-3, False), (1e-3, True)])
+def test_the_constant_of_crd_does_not_overflow(temperature, half):
+    """Of a large data set, a small temperature or in half precision; and it stays that of the first batch."""
+    torch.manual_seed(0)
+    loss = losses.CRD(100_000, dim=4, negatives=64, temperature=temperature, student_size=5, teacher_size=6)
+    loss = loss.half() if half else loss
+    exact = copy.deepcopy(loss).double()
+    indices, contrast = torch.tensor([4, 9, 7]), torch.randint(100_000, (3, 65))
+    first = None
+    for _ in range(3):
+        student, teacher = torch.randn(3, 5), torch.randn(3, 6)
+        value = finite_value(loss, student, teacher, indices, contrast)
+        expected = finite_value(exact, student.double(), teacher.double(), indices, contrast)
+        first = loss.z.clone() if first is None else first
+        assert torch.equal(loss.z, first)
+        assert value == pytest.approx(expected, rel=0.02 if half else 1e-5)
+        if temperature == 0.07 and not half:
+            assert (loss.z > 1e5).all(), "Z itself, where it fits"
+    again = losses.CRD(100_000, dim=4, negatives=64, temperature=temperature, student_size=5, teacher_size=6)
+    again.load_state_dict(loss.state_dict())
+    expected = finite_value(loss, student, teacher, indices, contrast)
+    assert finite_value(again, student, teacher, indices, contrast) == pytest.approx(expected, rel=1e-3)
+
+
+def finite_value(loss, student, teacher, *given):
+    student = student.clone().requires_grad_()
+    value = loss(student, teacher, *given)
+    value.backward()
+    assert value.isfinite() and student.grad.isfinite().all()
+    return value.item()
+
+
 def test_crd_remembers_while_it_trains_only():
     torch.manual_seed(0)
     loss = losses.CRD(20, dim=4, negatives=8, student_size=5, teacher_size=6)

@@ -23,7 +23,8 @@ class CRD(Learned):
 
     ``−Σ_i (log e_ii / (e_ii + c + 1e-7) + Σ_j log c / (e_ij + c + 1e-7)) / B``, summed over the two sides.
 
-    ``variant="code"``: ``Z`` is ``samples`` times the mean of ``exp(…)`` in the first batch and never changes.
+    ``variant="code"``: ``Z`` is ``samples`` times the mean of ``exp(…)`` in the first batch and never changes; buffer
+    ``z`` holds it, or ``−log Z`` where that is too large for its precision.
     ``variant="paper"``: its critic ``h = exp(…) / (exp(…) + c)``, that is without ``Z`` and 1e-7. In both, after each
     training step ``memory[i] ← unit(momentum · memory[i] + (1 − momentum) · u_i)``. The teacher's features get no
     gradient, but the layer ``W, b`` on its side is trained. In eval mode the memories stay as they are.
@@ -112,18 +113,25 @@ class CRD(Learned):
         scores_s = self._scores(self.memory_teacher, u_s, contrast)
         scores_t = self._scores(self.memory_student, u_t, contrast)
         with torch.no_grad():
-            z = self._scale(scores_s, scores_t)
+            log_z = self._scale(scores_s, scores_t)
             if self.training:
-                self.z.copy_(z)
+                self._keep(log_z)
                 self._remember(indices, u_s, u_t)
-        return (self._estimate(scores_s, z[0]) + self._estimate(scores_t, z[1])) / len(student)
+        return (self._estimate(scores_s, log_z[0]) + self._estimate(scores_t, log_z[1])) / len(student)
 
     def _scale(self, *sides: Tensor) -> Tensor:
-        """``Z`` of both sides, ``(2,)``."""
+        """``log Z`` of both sides, ``(2,)``."""
         if self.variant == "paper":
-            return sides[0].new_ones(2)
-        first = _mean_over_ranks(torch.stack([x.exp().mean() for x in sides])) * self.samples
-        return torch.where(self.z > 0, self.z.to(first.dtype), first)
+            return sides[0].new_zeros(2)
+        first = _mean_over_ranks(torch.stack([_log_mean(x.flatten()) for x in sides])) + math.log(self.samples)
+        z = self.z.to(first.dtype)
+        return torch.where(_known(z), torch.where(z > 0, z.log(), -z), first)
+
+    def _keep(self, log_z: Tensor) -> None:
+        """``Z`` in the buffer, of the first batch; ``−log Z`` if it is larger than what the buffer can hold."""
+        fits = log_z < math.log(torch.finfo(self.z.dtype).max)
+        first = torch.where(fits, log_z.exp(), -log_z).to(self.z.dtype)
+        self.z.copy_(torch.where(_known(self.z), self.z, first))
 
     def _scores(self, memory: Tensor, u: Tensor, contrast: Tensor) -> Tensor:
         """``(B, 1 + n)``: inner products with the memory's rows, over the temperature."""
@@ -132,11 +140,11 @@ class CRD(Learned):
             return (u @ copied.mT).gather(1, contrast) / self.temperature
         return torch.einsum("bnd,bd->bn", memory[contrast].to(u.dtype), u) / self.temperature
 
-    def _estimate(self, scores: Tensor, z: Tensor) -> Tensor:
+    def _estimate(self, scores: Tensor, log_z: Tensor) -> Tensor:
         """The sum over one side. Negatives come as ``log(1 + (e + eps) / c)``: small numbers, of which a million add up
         without losing their digits."""
         c = (scores.shape[1] - 1) / self.samples
-        log_e = scores - (z.log() + math.log(c))  # of e / c
+        log_e = scores - (log_z + math.log(c))  # of e / c
         eps = 1e-7 if self.variant == "code" else 0.0
         log_all = torch.logaddexp(log_e, torch.full_like(log_e, math.log1p(eps / c)))
         return log_all.sum() - log_e[:, 0].sum()
@@ -153,5 +161,16 @@ class CRD(Learned):
         return f"samples={self.samples}, dim={self.dim}, negatives={self.negatives}, variant={self.variant!r}"
 
 
-def _mean_over_ranks(x: Tensor) -> Tensor:
-    return gather(x[None]).mean(0)
+def _log_mean(x: Tensor) -> Tensor:
+    """Logarithm of the mean of ``exp(x)`` over the first axis."""
+    return x.logsumexp(0) - math.log(len(x))
+
+
+def _mean_over_ranks(log: Tensor) -> Tensor:
+    """Of the numbers whose logarithm is given; its logarithm."""
+    return _log_mean(gather(log[None]))
+
+
+def _known(z: Tensor) -> Tensor:
+    """Where a batch has set it, and no cast to half precision has lost it."""
+    return (z < -1) | ((z > 0) & (z < torch.inf))
