@@ -132,6 +132,12 @@ def test_a_variant_is_told_in_the_docstring():
                     assert f'"{value}"' in loss.__doc__, (name, argument, value)
 
 
+def test_a_number_in_the_formula_is_told_in_the_docstring():
+    """One that an argument neither names nor changes."""
+    for loss, told in ((losses.FeatureMSE, "variance + 1e-5"), (losses.PKD, "1e-6"), (losses.DIST, "1e-8")):
+        assert told in loss.__doc__, loss.__name__
+
+
 DIFFER = {
     "attention_transfer": "variant", "ickd": "variant", "fsp": "variant", "mgd": "mask", "ofa": "variant",
     "dist": "variant", "crd": "variant", "standardized": "variant", "pkt": "variant", "cckd": "variant",

@@ -23,8 +23,9 @@ class FeatureMSE(Loss):
     Args:
         normalize: what is done to both sides first. ``"l2"``: each position's channels to unit length; ``"layer"``:
             each position's channels to mean 0 and variance 1; ``"batch"``: each channel to mean 0 and variance 1 over
-            the batch and all positions, as a batch norm without parameters does it. Channels are axis 1 of a map
-            ``(B, C, H, W)``, else the last axis.
+            the batch and all positions, as a batch norm without parameters does it. Both divide by
+            ``√(variance + 1e-5)``, so that features whose variance is near 1e-5 stay smaller. Channels are axis 1 of a
+            map ``(B, C, H, W)``, else the last axis.
 
     Raises:
         ValueError: the shapes differ, or normalize is none of these.
