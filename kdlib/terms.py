@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -20,7 +20,7 @@ class Term:
 
     Raises:
         ValueError: a name that is no plain word, no pairs, an unknown ``reduce``, a negative weight, several pairs for
-            a loss that remembers images.
+            a loss that learns or remembers images.
         TypeError: a class in place of a loss, one pair in place of several.
     """
 
@@ -63,6 +63,12 @@ class Term:
             raise ValueError(
                 f"term {self.name!r}: its loss remembers one feature of each image, so it takes one pair, got "
                 f"{len(self.pairs)}; give each pair a term of its own"
+            )
+        learned = [getattr(part, "of_one_pair", False) for part in _modules(self.loss)]
+        if any(learned) and len(self.pairs) > 1 and not self.lists:
+            raise ValueError(
+                f"term {self.name!r}: its loss learns something of one pair of features, got {len(self.pairs)} pairs; "
+                "give each a term, and so a loss, of its own"
             )
         object.__setattr__(self, "view", self.view or getattr(self.loss, "view", "raw"))
 
@@ -107,6 +113,10 @@ class Term:
                 "numbers from 0 up"
             )
         return self.weight * factor
+
+
+def _modules(loss: Callable[..., Tensor]) -> Iterable[nn.Module]:
+    return loss.modules() if isinstance(loss, nn.Module) else ()
 
 
 def check_terms(terms: Sequence[Term]) -> tuple[Term, ...]:

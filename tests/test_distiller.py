@@ -40,19 +40,16 @@ def by_hand(student: nn.Module, teacher: nn.Module, images: Tensor, labels: Tens
     logits = student(images)
     for handle in handles:
         handle.remove()
-    soft = F.kl_div(
-        F.log_softmax(logits / 2, -1), F.log_softmax(target / 2, -1), reduction="batchmean", log_target=True
-    )
-    loss = 0.7 * (soft * 4) + 0.3 * F.cross_entropy(logits, labels)
+    loss = 0.7 * SOFT(logits, target) + 0.3 * F.cross_entropy(logits, labels)
     mixer = torch.stack([F.mse_loss(seen["s", n], seen["t", n]) for n in names[::2]]).sum()
     sides = [[tokens(ordered(seen[who, n])) for who in "st"] for n in names[1::2]]
     relation = torch.stack([RELATION(s, t) for s, t in sides]).mean()
     return loss + 0.5 * mixer + 2.0 * relation
 
 
-RELATION = GramRelation()
-"""The loss itself, which test_losses_definitions.py proves: its gradient is written by hand, and autograd's of the
-definition has other last digits."""
+RELATION, SOFT = GramRelation(), SoftTarget(2.0)
+"""The losses themselves, which test_losses_definitions.py proves: their gradients are written by hand, and autograd's
+of the definitions have other last digits."""
 
 
 def tokens(x: Tensor) -> Tensor:
@@ -105,9 +102,7 @@ class ByHand(nn.Module):
                 seen[f"stages.{s}.blocks.{b}.mixer"] = mixed = block.mixer(x)
                 seen[f"stages.{s}.blocks.{b}"] = x = x + block.mlp(torch.tanh(mixed))
         logits = model.head(model.drop(model.norm(x).mean((2, 3))))
-        log_p, log_q = F.log_softmax(logits / 2, -1), F.log_softmax(targets["@output"] / 2, -1)
-        loss = 0.7 * (F.kl_div(log_p, log_q, reduction="batchmean", log_target=True) * 4)
-        loss = loss + 0.3 * F.cross_entropy(logits, labels)
+        loss = 0.7 * SOFT(logits, targets["@output"]) + 0.3 * F.cross_entropy(logits, labels)
         names = [f"stages.{s}.blocks.1.mixer" for s in (0, 1)]
         loss = loss + 0.5 * torch.stack([F.mse_loss(seen[n], targets[n]) for n in names]).sum()
         sides = [[tokens(side[n[:-6]]) for side in (seen, targets)] for n in names]

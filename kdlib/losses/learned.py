@@ -18,6 +18,8 @@ class Learned(Loss):
     Subclasses implement ``measure`` (sizes of two examples) and ``build`` (the modules of those sizes).
     """
 
+    of_one_pair = True
+    """Published code has one of these for each pair of features: what one learns fits no other."""
     sizes: tuple[Any, ...] | None = None
     """What ``build`` was given: the student's and the teacher's channels; None before that."""
 
