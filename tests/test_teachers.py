@@ -11,6 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kdlib import launch
+from kdlib.config import read
+from kdlib.recipe import load
+from kdlib.recipe.schema import Loss
 from kdlib.recipe.weights import digest
 
 RECIPE = """
@@ -87,3 +90,26 @@ def test_another_teacher_is_refused_by_name(what: str, place: Path, capsys: pyte
 def test_the_right_one_is_taken(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert dry_run() == 0
     assert dry_run(f"teachers.wide.sha256={digest(place / 'wide.safetensors')}") == 0, capsys.readouterr().err
+
+
+FOREIGN = ["teachers.wide={weights: null, pretrained: true}", "terms.label={loss: cross_entropy}"]
+
+
+def test_features_of_a_teacher_of_other_classes_are_taken_beside_labels(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """test_resnet's weights tell 1000 classes apart; cross-entropy reads no teacher, so nobody reads their answer."""
+    assert dry_run(*FOREIGN, "terms.soft={loss: feature_mse, student: layer4, teacher: wide.layer4}") == 0
+    assert dry_run(*FOREIGN, "terms.soft={loss: feature_mse, student: layer4, teacher: null}") == 0
+    capsys.readouterr()
+    for teacher in ("wide", "null"):
+        assert dry_run(*FOREIGN, f"terms.soft.teacher={teacher}") == 2
+        assert "tell 1000 classes apart, the data have 10, so its answer would be noise" in capsys.readouterr().err
+
+
+def test_a_loss_that_holds_one_against_labels_reads_no_teacher(place: Path) -> None:
+    recipe = load(read(["r.yaml", "terms.soft.loss={name: standardized, loss: {name: cross_entropy}}"]))
+    term = recipe.terms["soft"].model_copy(update={"teacher": None, "student": ["@output", "layer4"]})
+    assert term.compared(["wide"]) == [("@output", "@labels"), ("layer4", "@labels")]
+    term = term.model_copy(update={"loss": Loss(name="soft_target")})
+    assert term.compared(["wide"]) == [("@output", "wide"), ("layer4", "wide.layer4")]

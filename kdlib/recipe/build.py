@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from copy import deepcopy
 
 import timm
@@ -100,7 +100,8 @@ def check_answers(
     found = answer(student, images, "student").shape[1]
     if found != classes:
         raise ConfigError([f"student.num_classes: the data have {classes} classes (got {found})"])
-    asked = {theirs or next(iter(recipe.teachers), None) for term in recipe.terms.values() for _, theirs in term.sides}
+    members = list(recipe.teachers)
+    asked = {theirs for term in recipe.terms.values() for _, theirs in term.compared(members)}
     for name, spec in recipe.teachers.items():
         given = prepare[name](images) if name in prepare else images
         found = answer(panel[name], given, f"teachers.{name}").shape[1]
@@ -155,7 +156,8 @@ def build_terms(recipe: Recipe, student: nn.Module, panel: nn.Module, images: in
         loss = spec.loss.build()
         _size_memory(loss, images, f"terms.{name}.loss")
         try:
-            pairs = tuple(p for side in spec.sides for p in _pairs(*side, loss, student, panel, list(recipe.teachers)))
+            sides = spec.compared(list(recipe.teachers))
+            pairs = tuple(p for mine, theirs in sides for p in _pairs(mine, theirs, student, panel, recipe.teachers))
         except ValueError as error:
             raise ConfigError([f"terms.{name}: {error}"]) from None
         schedule: schedules.Schedule = schedules.Window(spec.start, spec.until)
@@ -183,15 +185,7 @@ def _size_memory(loss: nn.Module, images: int, where: str) -> None:
             part.samples = images  # type: ignore[assignment]
 
 
-def _pairs(
-    mine: str | None, teacher: str | None, loss: nn.Module, student: nn.Module, panel: nn.Module, members: list[str]
-) -> tuple[Pair, ...]:
-    if teacher is None:
-        if "teacher" not in getattr(loss, "against", ("teacher",)):
-            teacher = "@labels"
-        else:
-            teacher = members[0] + (f".{mine}" if mine and not mine.startswith("@") else "")
-    mine = mine or "@output"
+def _pairs(mine: str, teacher: str, student: nn.Module, panel: nn.Module, members: Collection[str]) -> tuple[Pair, ...]:
     if mine.startswith("@") or teacher.startswith("@") or teacher in members:
         return (Pair(mine, teacher),)
     return pair(student, panel, mine, teacher)

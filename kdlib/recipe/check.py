@@ -84,14 +84,9 @@ def check(raw: Mapping[str, Any]) -> tuple[Recipe | None, Wrong]:
 
 def _wanted(recipe: Recipe) -> set[str]:
     """The teachers that a term reads or the student starts from; nobody trains the others."""
-    found = {recipe.student.init or ""}
-    for term in recipe.terms.values():
-        for _, theirs in term.sides:
-            if theirs is not None:
-                found.add(theirs.partition(".")[0])
-            elif "teacher" in getattr(LOSSES[term.loss.name], "against", ("teacher",)):
-                found.add(next(iter(recipe.teachers)))  # the only one, or the term would have to say which
-    return found
+    members = list(recipe.teachers)
+    read = {theirs.partition(".")[0] for term in recipe.terms.values() for _, theirs in term.compared(members)}
+    return read | {recipe.student.init or ""}
 
 
 def _loss(key: Key, spec: Named, wrong: Wrong) -> Loss:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +25,14 @@ class Loss(Named):
             ValueError, TypeError: whatever its constructor says of the arguments.
         """
         return LOSSES[self.name](**{name: _built(value) for name, value in self.arguments.items()})
+
+    @property
+    def against(self) -> tuple[str, ...]:
+        """What it takes after the student's tensor; a loss that holds another takes what that one does."""
+        for value in self.arguments.values():
+            if isinstance(value, dict):
+                return Loss(**value).against
+        return getattr(LOSSES[self.name], "against", ("teacher",))
 
 
 def _built(value: Any) -> Any:
@@ -103,6 +112,18 @@ class Term(Strict):
         if len(mine) != len(theirs):
             raise ValueError(f"{len(theirs)} for {len(mine)} of the student; list as many, in the same order")
         return list(zip(mine, theirs, strict=True))
+
+    def compared(self, teachers: Sequence[str]) -> list[tuple[str, str]]:
+        """``sides`` without gaps: what is not said is the answer, of the first teacher or, against labels, ``@labels``.
+
+        A tap of the student without one of a teacher is compared with the same tap of the first teacher.
+        """
+        found = []
+        for mine, theirs in self.sides:
+            if theirs is None and "teacher" in self.loss.against:
+                theirs = teachers[0] + (f".{mine}" if mine and not mine.startswith("@") else "")
+            found.append((mine or "@output", theirs or "@labels"))
+        return found
 
 
 class Optimizer(Strict):
