@@ -115,6 +115,7 @@ def wrong(*arguments: str) -> list[str]:
         ("teachers.wide.recipe=null", "teachers.wide: has no weights: give weights: a file, pretrained"),
         ("teachers.wide.mean=[0.5]", "teachers.wide: mean and std belong together; give both or neither"),
         ("terms.soft.start=30", "terms.soft.until: ends before it starts (start 30, until 1.0)"),
+        ("terms.soft.slope={until: 0}", "terms.soft.slope.until: ends before the term starts (start 0, got 0)"),
         ("terms.soft.teacher='@labels'", "terms.soft.teacher: soft_target needs a teacher, not '@labels'"),
         ("terms.soft.teacher=wide.", "terms.soft.teacher: ends in a dot; write 'wide' for its answer (got 'wide.')"),
         ("terms.soft.student='@x'", "terms.soft.student: the student's answer is '@output', and it has no other @"),
@@ -227,7 +228,7 @@ def test_children_take_over_what_they_share_and_the_baseline_how_it_is_trained()
 
 
 def test_null_takes_away_a_term_and_a_teacher() -> None:
-    found = recipe("terms.soft=null", "teachers.wide=null")
+    found = recipe("terms.soft=null", "teachers.wide=null", "terms.block.until=1.0")
     assert list(found.terms) == ["block", "mixer", "relation"] and list(found.teachers) == ["twin"]
 
 
@@ -250,8 +251,47 @@ def test_a_moment_may_be_a_quotient_as_papers_write_it() -> None:
     assert (term.start, term.until) == (10 / 120, 80 / 120)
 
 
+def _weights(*arguments: str) -> list[float]:
+    """Of the term `soft` in each of 8 epochs."""
+    models = nn.ModuleDict({"wide": nn.Identity()})
+    spec = recipe("epochs=8", "terms.soft.weight=2", "student.init=null", "terms.label.loss=cross_entropy",
+                  *NO_FEATURES, *arguments)  # fmt: skip
+    (soft,) = (t for t in build.build_terms(spec, nn.Identity(), models, 1) if t.name == "soft")
+    return [soft.weight_at(epoch, 8) for epoch in range(8)]
+
+
+def test_a_term_is_off_outside_of_its_window_whatever_its_slope() -> None:
+    window = ["terms.soft.start=2", "terms.soft.until=6"]
+    assert _weights(*window) == [0, 0, 2, 2, 2, 2, 0, 0]
+    assert _weights(*window, "terms.soft.slope={first: 1, last: 0}") == [0, 0, 2, 1.5, 1, 0.5, 0, 0]
+    assert _weights(*window, "terms.soft.slope={first: 0.5, last: 1}") == [0, 0, 1, 1.25, 1.5, 1.75, 0, 0]
+    assert _weights(*window, "terms.soft.slope={first: 0.5, last: 1, until: 4}") == [0, 0, 1, 1.5, 2, 2, 0, 0]
+    assert _weights("terms.soft.slope={first: 0, last: 1, until: 0.5}") == [0, 0.5, 1, 1.5, 2, 2, 2, 2]
+    assert _weights("terms.soft.slope={first: 1, last: 0.5, until: 4}") == [2, 1.75, 1.5, 1.25, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "dark"),
+    [
+        (["terms.soft.until=7"], "epochs 7 to 9"),
+        (["terms.soft.until=0.5", "terms.label={loss: cross_entropy, start: 6}"], "epoch 5"),
+        (["terms.soft.start=1", "terms.soft.until=3", "terms.label={loss: cross_entropy, start: 4, until: 9}"],
+         "epoch 0, epoch 3, epoch 9"),
+        (["terms.soft.slope={first: 0, last: 1}"], "epoch 0"),
+        (["terms.soft.slope={first: 1, last: 0, until: 4}"], "epochs 4 to 9"),
+        (["terms.soft.weight=0"], "epochs 0 to 9"),
+        (["epochs=1000000000", "terms.soft.until=0.5"], "epochs 500000000 to 999999999"),
+    ],
+)  # fmt: skip
+def test_an_epoch_in_which_no_term_is_on_is_told_beforehand(arguments: list[str], dark: str) -> None:
+    only = ["epochs=10", "student.init=null", "baseline=null", *NO_FEATURES]
+    (line,) = wrong(*only, *arguments)
+    assert f": terms: none is on in {dark} of " in line, line
+    assert recipe(*only, *arguments, "terms.always.loss=cross_entropy")
+
+
 def test_a_teacher_that_nobody_reads_is_left_out() -> None:
-    assert list(recipe("terms.soft=null").teachers) == ["twin"], "no term reads wide"
+    assert list(recipe("terms.soft=null", "terms.block.until=1.0").teachers) == ["twin"], "no term reads wide"
     assert list(recipe("terms.block=null", "terms.mixer=null", "terms.relation=null").teachers) == ["wide", "twin"]
     alone = recipe("terms={soft: null, block: null, mixer: null, relation: null, label: {loss: cross_entropy}}")
     assert list(alone.teachers) == ["twin"], "the student starts from it"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from itertools import pairwise
+from math import ceil
 from typing import Any
 
 import timm
@@ -13,7 +15,7 @@ from torch import nn
 from .. import schedules
 from ..config import Key
 from ..losses import LOSSES
-from .build import build_optimizer
+from .build import build_optimizer, build_schedule
 from .schema import Named, Recipe
 from .wording import nearest, short
 
@@ -24,10 +26,11 @@ OWN_DOORS = ("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cac
 
 def disagreements(recipe: Recipe) -> list[tuple[Key, str]]:
     """Each thing that is wrong, by key. The losses of the recipe may be unknown ones."""
+    terms = list(_terms(recipe))
     return [
         *_models(recipe),
         *_teachers(recipe),
-        *_terms(recipe),
+        *(terms or _silence(recipe)),
         *_training(recipe),
     ]
 
@@ -72,6 +75,10 @@ def _terms(recipe: Recipe) -> Iterator[tuple[Key, str]]:
             yield key, f"a term's name is a plain word of letters, digits, _ and - (got {short(name)})"
         if schedules.moment(term.until, recipe.epochs) <= schedules.moment(term.start, recipe.epochs):
             yield (*key, "until"), f"ends before it starts (start {term.start}, until {term.until})"
+        last = getattr(term.slope, "until", None)
+        if last is not None and schedules.moment(last, recipe.epochs) <= schedules.moment(term.start, recipe.epochs):
+            what = f"ends before the term starts (start {term.start}, got {last}); give a later moment"
+            yield (*key, "slope", "until"), what
         try:
             sides = term.sides
         except ValueError as error:
@@ -84,6 +91,28 @@ def _terms(recipe: Recipe) -> Iterator[tuple[Key, str]]:
         for wrong in dict.fromkeys(_whom(term.loss.name, whom, recipe) for _, whom in sides):
             if wrong:
                 yield (*key, "teacher"), wrong
+
+
+def _silence(recipe: Recipe) -> Iterator[tuple[Key, str]]:
+    """The epochs of which nothing can be learned: no term's weight is above 0."""
+    epochs, turns = recipe.epochs, {0, recipe.epochs}
+    for term in recipe.terms.values():
+        slope = () if term.slope is None or term.slope.until is None else (term.slope.until,)
+        start, *ends = (ceil(schedules.moment(when, epochs)) for when in (term.start, term.until, *slope))
+        turns |= {start, start + 1, *ends}  # nowhere else does a weight become 0, or another than 0
+    weights = [(term.weight, build_schedule(term)) for term in recipe.terms.values()]
+    dark: list[tuple[int, int]] = []
+    for first, after in pairwise(sorted(turn for turn in turns if turn <= epochs)):
+        if not any(weight * schedule(first, epochs) > 0 for weight, schedule in weights):
+            first = dark.pop()[0] if dark and dark[-1][1] == first else first
+            dark.append((first, after))
+    if dark:
+        when = (f"epoch {a}" if b - a == 1 else f"epochs {a} to {b - 1}" for a, b in dark)
+        yield (
+            ("terms",),
+            f"none is on in {', '.join(when)} of {epochs} (counted from 0), so nothing could be learned there; "
+            "change start, until, slope or weight of one",
+        )
 
 
 def _mixed(loss: dict[str, Any], recipe: Recipe) -> Iterator[str]:

@@ -19,7 +19,7 @@ from ..data import Augment, Data
 from ..data import load as load_data
 from ..pairing import Pair, pair
 from ..teacher import Panel
-from .schema import Named, Optimizer, Recipe, Teacher
+from .schema import Named, Optimizer, Recipe, Teacher, Term
 from .wording import nearest
 
 USUAL = ("in_chans", "num_classes", "drop_rate", "drop_path_rate", "pretrained")
@@ -160,16 +160,23 @@ def build_terms(recipe: Recipe, student: nn.Module, panel: nn.Module, images: in
             pairs = tuple(p for mine, theirs in sides for p in _pairs(mine, theirs, student, panel, recipe.teachers))
         except ValueError as error:
             raise ConfigError([f"terms.{name}: {error}"]) from None
-        schedule: schedules.Schedule = schedules.Window(spec.start, spec.until)
-        if spec.slope is not None:
-            slope = spec.slope
-            schedule = schedules.Ramp(slope.first, slope.last, spec.start, spec.until, slope.shape)
+        schedule = build_schedule(spec)
         built.append(
             terms.Term(
                 name, loss, spec.weight, schedule, pairs, spec.view, spec.layout, spec.adapter, reduce=spec.reduce
             )
         )
     return built
+
+
+def build_schedule(spec: Term) -> schedules.Schedule:
+    """The factor on a term's weight: 0 before ``start`` and from ``until`` on, its slope between them."""
+    window, slope = schedules.Window(spec.start, spec.until), spec.slope
+    if slope is None:
+        return window
+    until = spec.until if slope.until is None else slope.until
+    ramp = schedules.Ramp(slope.first, slope.last, spec.start, until, slope.shape)
+    return lambda epoch, epochs: window(epoch, epochs) * ramp(epoch, epochs)
 
 
 def _size_memory(loss: nn.Module, images: int, where: str) -> None:

@@ -72,10 +72,12 @@ class Teacher(Named):
 
 
 class Slope(Strict):
-    """A factor that moves from ``first`` to ``last``."""
+    """A factor that moves from ``first``, where the term starts, to ``last``."""
 
     first: Share = 1.0
     last: Share = 0.0
+    until: Moment | None = None
+    """When it reaches ``last``, where it then stays; by default where the term ends."""
     shape: Literal["linear", "cosine"] = "linear"
 
 
@@ -91,9 +93,9 @@ class Term(Strict):
     start: Moment = 0
     """When it begins: an int is an epoch, a float or ``80/120`` a fraction of the run."""
     until: Moment = 1.0
-    """When it ends (excluded)."""
+    """When it ends (excluded). Before ``start`` and from here on the term is off, whatever ``slope`` says."""
     slope: Slope | None = None
-    """Moves the weight between ``start`` and ``until``; constant by default."""
+    """Moves the weight while the term is on; constant by default."""
     view: Literal["logits", "embedding", "tokens", "map", "raw"] | None = None
     layout: str | tuple[str, str] | None = None
     adapter: Literal["linear"] | None = None
