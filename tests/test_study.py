@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from threading import Timer
 from typing import Any
@@ -24,9 +25,9 @@ from kdlib.config import ConfigError
 from kdlib.study import main, pool, show
 from kdlib.study.paired import T975, difference, mean
 from kdlib.study.rows import Study, choose, load_study, recipes
-from kdlib.study.run import Results, _needs, _trained, gather, run
+from kdlib.study.run import Results, _needs, _share, _trained, gather, run, taught
 from kdlib.training.runfolder import resolved
-from kdlib.yaml12 import dump
+from kdlib.yaml12 import dump, parse
 from recipes.riformer import gfnet, model  # noqa: F401  registers the models
 
 SCRIPT = ROOT / "recipes" / "riformer" / "study.py"
@@ -167,6 +168,11 @@ def test_the_plot_shows_every_row(tmp_path: Path) -> None:
         ("rows: {a: soft.yaml}", "rows.a: expected a list of config files and key=value settings (got 'soft.yaml')"),
         ("rows: {soft: []}\nagainst: sofd", "against: no row 'sofd'; did you mean 'soft'?"),
         ("rows: {a: []}\ngap: a", "gap: expected two names, [from, to] (got 'a')"),
+        (
+            "rows: {soft: []}\ngap: [sofd, teacher w]",
+            "gap: no row 'sofd'; did you mean 'soft'? (known: soft; or a teac",
+        ),
+        ("rows: {soft: []}\ngap: [soft, wide]", "gap: no row 'wide' (known: soft; or a teacher, as 'teacher NAME')"),
     ],
 )
 def test_a_wrong_study_is_one_line(tmp_path: Path, text: str, what: str) -> None:
@@ -206,6 +212,7 @@ def test_rows_are_chosen_with_what_they_are_compared_with(tmp_path: Path) -> Non
     study = load_study(tmp_path / "s.yaml")
     assert list(choose(study, ["both"]).rows) == ["soft", "both"]
     assert list(choose(study, ["soft"]).rows) == ["soft"]
+    assert choose(study, ["soft"]).partial and not choose(study, ["both"]).partial and not study.partial
 
 
 def _noted(recipe):  # in a worker process: what was trained, in which order, shows in the folder
@@ -235,6 +242,109 @@ def test_equal_teachers_are_trained_once_and_a_failure_stops_no_one(tmp_path: Pa
     }
     assert gather(study, planned).top1 == found.top1  # as a study that is stopped tells it
     assert found.failed == {"fails-0": "no luck", "fails-1": "no luck"}
+
+
+def _ladder(folder: Path, rows: dict[str, list[str]], gap: tuple[str, str] | None = None, seeds: int = 1) -> Any:
+    study = Study("s", rows, {}, gap)
+    (folder / "scale.yaml").write_text(SCALE)
+    return study, recipes(study, folder / "scale.yaml", seeds, folder / "out", [])
+
+
+ANOTHER = "teachers.twin.recipe.epochs=2"
+
+
+def test_teachers_of_one_name_and_different_recipes_are_told_apart_by_their_rows(tmp_path: Path) -> None:
+    rows = {"soft": [], "long": [ANOTHER], "both": ["epochs=2"]}
+    study, planned = _ladder(tmp_path, rows, ("soft", "teacher twin metaformer_pool_nano of long"), 2)
+    name = "teacher twin metaformer_pool_nano"
+    several = [f"{name} of soft", f"{name} of long"]
+    assert list(taught(planned)) == [(each, seed) for seed in (0, 1) for each in several]
+    found = run(study, planned, _by_epochs, jobs=1)
+    assert found.top1[f"{name} of soft"] == {0: 1.0, 1: 1.0} and found.top1[f"{name} of long"] == {0: 2.0, 1: 2.0}
+    shares = {row: share for row, _, _, share in found.summary()}
+    assert shares["soft"] == 0 and shares[f"{name} of long"] == 1 == shares["both"]
+
+
+def _by_epochs(recipe):
+    _noted(recipe)
+    result = {"top1": float(recipe.epochs)}
+    (recipe.output / "summary.json").write_text(json.dumps({"result": result}))
+    return result
+
+
+@pytest.mark.parametrize(
+    ("to", "says"),
+    [
+        ("teacher twn", "gap: no row of the study has 'teacher twn'; did you mean 'teacher twin'? (known: teacher tw"),
+        ("teacher twin", "gap: 'teacher twin' are several; give one of 'teacher twin metaformer_pool_nano of soft', "),
+    ],
+)
+def test_a_gap_to_no_teacher_or_to_several_is_told_before_anything_is_trained(
+    tmp_path: Path, to: str, says: str
+) -> None:
+    study, planned = _ladder(tmp_path, {"soft": [], "long": [ANOTHER]}, ("soft", to))
+    with pytest.raises(ConfigError) as caught:
+        run(study, planned, _noted, jobs=1)
+    (line,) = caught.value.lines
+    assert line.startswith(says) and not (tmp_path / "out").exists()
+
+
+def test_a_part_of_a_study_may_lack_what_the_gap_names(tmp_path: Path) -> None:
+    study, planned = _ladder(tmp_path, {"labels": [], "labels more": []})
+    study = choose(replace(study, gap=("labels", "teacher wide")), ["labels more"])
+    found = run(study, {key: recipe for key, recipe in planned.items() if key[0] in study.rows}, _noted, jobs=1)
+    assert found.top1 and all(share is None for *_, share in found.summary())
+    found.top1["teacher wide x"] = {0: 90.0}
+    assert all(share is None for *_, share in found.summary()), "'labels more' is not the row 'labels'"
+
+
+def test_runs_beside_each_other_share_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kdlib.study.run.cores", lambda: 8)
+    study, planned = _ladder(tmp_path, {"fixed": ["threads=5"], "soft": ["threads=0"]})
+    run(study, planned, _noted, jobs=3)
+    threads = {file.parent.name.partition("-")[0]: parse(file.read_text())["threads"]
+               for file in tmp_path.glob("out/*/config.yaml")}  # fmt: skip
+    assert threads == {"soft": 2, "fixed": 5, "metaformer_pool_nano": 2}
+    soft, alone = planned["soft", 0], taught(planned)["teacher twin metaformer_pool_nano", 0]
+    assert taught({("soft", 0): _share(soft, 3)}).popitem()[1].output == alone.output
+    run(study, planned, _noted, jobs=1)  # whose folders are the same
+    assert {file.read_text() for file in tmp_path.glob("out/*/log")} == {"x"}
+
+
+def test_of_a_study_that_goes_on_no_process_idles(tmp_path: Path) -> None:
+    """Students of a teacher that is finished begin beside a teacher that is not."""
+    _, planned = _ladder(tmp_path, {"slow": [ANOTHER], "quick": []})
+    _noted(taught(planned)["teacher twin metaformer_pool_nano of quick", 0])
+    begun: list[str] = []
+
+    def submit(recipe):
+        begun.append(recipe.output.name)
+        future = Future()
+        Timer(0.5 if len(begun) == 1 else 0.0, future.set_result, [{"top1": 1.0}]).start()
+        return future
+
+    told = list(_trained(*_needs(planned), submit, 2, {}))
+    assert len(told) == 4 and begun[1] == "quick-0" and begun[2] == "slow-0"
+
+
+@pytest.mark.parametrize(
+    ("called", "said"),
+    [
+        ("study.py", "study.py"),
+        ("{here}/recipes/mine/study.py", "recipes/mine/study.py"),
+        ("/opt/x/study.py", "study.py"),
+    ],
+)
+def test_the_command_names_the_script_that_was_called(
+    tmp_path: Path, called: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "scale.yaml").write_text(SCALE)
+    (tmp_path / "ladder.yaml").write_text(STUDY)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [called.format(here=tmp_path)])
+    given = ["ladder", "--data", "scale", "--seeds", "1", "--out", "out"]
+    assert main(_noted, tmp_path, tmp_path, given) == 0
+    assert json.loads(Path("out/study.json").read_text())["command"] == " ".join([said, *given])
 
 
 def test_a_folder_that_is_taken_is_told_before_anything_is_trained(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def main(train: Train, studies: Path, scales: Path, arguments: Sequence[str] | N
         return WRONG_INPUT
     if results.top1:
         about = {
-            "command": " ".join(["recipes/riformer/study.py", *(sys.argv[1:] if arguments is None else arguments)]),
+            "command": " ".join([_script(), *(sys.argv[1:] if arguments is None else arguments)]),
             "seconds": perf_counter() - began,
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores",
             "torch": torch.__version__,
@@ -81,6 +81,14 @@ def main(train: Train, studies: Path, scales: Path, arguments: Sequence[str] | N
         say("stopped; what is finished is above. The same command goes on")
         return 128 + stopped
     return FAILED if results.failed else 0
+
+
+def _script() -> str:
+    """The script that was started, as from here; by its name alone where it lies elsewhere on this machine."""
+    path = Path(sys.argv[0])
+    if path.is_absolute():
+        path = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else Path(path.name)
+    return path.as_posix()
 
 
 def _leads() -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ class Study:
     """Row to the row that it is compared with, seed by seed."""
     gap: tuple[str, str] | None = None
     """The rows or teachers (as ``teacher wide``) between which a row's gain is measured: 0 and 100 %."""
+    partial: bool = False
+    """Rows were left out, and a teacher of theirs that ``gap`` names may be missing."""
 
 
 def load_study(path: Path) -> Study:
@@ -53,21 +55,26 @@ def load_study(path: Path) -> Study:
     compared = against if isinstance(against, dict) else dict.fromkeys(rows, against)
     for name in [*compared, *compared.values()]:
         if name not in rows:
-            raise wrong("against", f"no row {name!r}{_near(name, rows)} (known: {', '.join(rows)})")
+            raise wrong("against", f"no row {name!r}{near(name, rows)} (known: {', '.join(rows)})")
     gap = data.get("gap")
-    if gap is not None and not (isinstance(gap, list) and len(gap) == 2):
+    if gap is not None and not (isinstance(gap, list) and len(gap) == 2 and all(isinstance(name, str) for name in gap)):
         raise wrong("gap", f"expected two names, [from, to] (got {gap!r})")
+    for name in gap or ():
+        if name not in rows and not name.startswith("teacher "):
+            known = f"(known: {', '.join(rows)}; or a teacher, as 'teacher NAME')"
+            raise wrong("gap", f"no row {name!r}{near(name, rows)} {known}")
     return Study(
         str(data.get("title", path.stem)),
         {name: [_beside(path, part) for part in parts] for name, parts in rows.items()},
         {name: other for name, other in compared.items() if name != other},
-        None if gap is None else (str(gap[0]), str(gap[1])),
+        None if gap is None else (gap[0], gap[1]),
     )
 
 
-def _near(name: Any, known: Sequence[str] | Mapping[str, Any]) -> str:
-    near = get_close_matches(str(name), list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+def near(name: Any, known: Sequence[str] | Mapping[str, Any]) -> str:
+    """The nearest right name as the end of an error message; empty if none is near."""
+    found = get_close_matches(str(name), list(known), n=1)
+    return f"; did you mean {found[0]!r}?" if found else ""
 
 
 def _beside(path: Path, part: str) -> str:
@@ -82,10 +89,11 @@ def choose(study: Study, only: Sequence[str]) -> Study:
     """
     for name in only:
         if name not in study.rows:
-            raise ConfigError([f"--rows: no row {name!r}{_near(name, study.rows)} (known: {', '.join(study.rows)})"])
+            raise ConfigError([f"--rows: no row {name!r}{near(name, study.rows)} (known: {', '.join(study.rows)})"])
     kept = {name for row in only for name in (row, study.against.get(row, row))}
     rows = {name: parts for name, parts in study.rows.items() if name in kept}
-    return Study(study.title, rows, {a: b for a, b in study.against.items() if a in kept and b in kept}, study.gap)
+    against = {a: b for a, b in study.against.items() if a in kept and b in kept}
+    return replace(study, rows=rows, against=against, partial=study.partial or len(rows) < len(study.rows))
 
 
 def recipes(study: Study, scale: Path, seeds: int, folder: Path, more: Sequence[str]) -> dict[Key, Recipe]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -15,9 +15,10 @@ from ..config import ConfigError
 from ..progress import bar
 from ..recipe import Recipe, build, load_children
 from ..training import runfolder
+from ..training.place import cores
 from .paired import Mean, difference, mean
 from .pool import Workers
-from .rows import Key, Study
+from .rows import Key, Study, near
 
 Train = Callable[[Recipe], dict[str, float]]
 """Trains a recipe, or goes on with it, and gives its last evaluation; a function that other processes can import."""
@@ -30,7 +31,7 @@ class Results:
 
     study: Study
     top1: dict[str, dict[int, float]] = field(default_factory=dict)
-    """Row to seed to percent, teachers among them as ``teacher NAME MODEL``."""
+    """Row to seed to percent, teachers among them as ``taught`` names them."""
     failed: dict[str, str] = field(default_factory=dict)
     """Run to what went wrong."""
 
@@ -49,8 +50,14 @@ class Results:
 
     def _named(self, name: str) -> dict[int, float] | None:
         """A row by its name, or the only teacher whose name begins so."""
-        found = [values for row, values in self.top1.items() if row == name or row.startswith(f"{name} ")]
-        return self.top1.get(name) or (found[0] if name and found else None)
+        found = _meant(name, self.top1)
+        return self.top1[found[0]] if len(found) == 1 else None
+
+
+def _meant(name: str, known: Collection[str]) -> list[str]:
+    """The one that is called so, or the teachers whose names begin so."""
+    teachers = [each for each in known if each.startswith("teacher ")]
+    return [name] if name in known else [each for each in teachers if each.startswith(f"{name} ")]
 
 
 def run(
@@ -63,16 +70,22 @@ def run(
     last checkpoints.
 
     Raises:
-        ConfigError: a folder that holds another run, data that are not there.
+        ConfigError: a folder that holds another run, data that are not there, a gap to a teacher that is not there.
     """
+    _check_gap(study, planned)
     recipes, needs = _needs(planned)
     _check(recipes)
     failed = {} if failed is None else failed
     with bar(study.title, len(recipes)) as shown, Workers(jobs) as workers:
-        for text in _trained(recipes, needs, lambda recipe: workers.submit(train, recipe), jobs, failed):
+        for text in _trained(recipes, needs, lambda recipe: workers.submit(train, _share(recipe, jobs)), jobs, failed):
             shown.say(text)
             shown.advance()
     return gather(study, planned, failed)
+
+
+def _share(recipe: Recipe, jobs: int) -> Recipe:
+    """The recipe on its share of the cores; each of several runs would take all of them where it does not say."""
+    return recipe if recipe.threads or jobs == 1 else recipe.model_copy(update={"threads": max(1, cores() // jobs)})
 
 
 def _check(recipes: Mapping[Path, Recipe]) -> None:
@@ -93,15 +106,44 @@ def gather(study: Study, planned: Mapping[Key, Recipe], failed: Mapping[str, str
         ConfigError: a folder that holds another run.
     """
     results = Results(study, failed=dict(failed or {}))
-    taught = {
-        (f"teacher {member} {child.student.name}", seed): child
-        for (_, seed), recipe in planned.items()
-        for member, child in _children(recipe).items()
-    }
-    for (name, seed), recipe in (taught | dict(planned)).items():
+    for (name, seed), recipe in (taught(planned) | dict(planned)).items():
         if (found := _finished(recipe)) is not None:
             results.top1.setdefault(name, {})[seed] = found["top1"]
     return results
+
+
+def taught(planned: Mapping[Key, Recipe]) -> dict[Key, Recipe]:
+    """The runs of the teachers, as ``teacher NAME MODEL``, and ``… of ROW`` where rows have it from different recipes.
+
+    ROW is the first row whose teacher it is.
+    """
+    found: dict[Key, dict[Path, tuple[str, Recipe]]] = {}
+    for (row, seed), recipe in planned.items():
+        for member, child in _children(recipe).items():
+            own = found.setdefault((f"teacher {member} {child.student.name}", seed), {})
+            own.setdefault(child.output, (row, child))
+    several = {name for (name, _), own in found.items() if len(own) > 1}
+    return {
+        (f"{name} of {row}" if name in several else name, seed): child
+        for (name, seed), own in found.items()
+        for row, child in own.values()
+    }
+
+
+def _check_gap(study: Study, planned: Mapping[Key, Recipe]) -> None:
+    """Makes sure that each name is that of one thing.
+
+    Raises:
+        ConfigError: it is that of no teacher, or of several.
+    """
+    known = list(dict.fromkeys(name for name, _ in taught(planned)))
+    for name in study.gap or ():
+        found = [] if name in study.rows else _meant(name, known)
+        if len(found) > 1:
+            raise ConfigError([f"gap: {name!r} are several; give one of {', '.join(map(repr, found))}"])
+        if not found and name not in study.rows and not study.partial:
+            hint = near(name, [*(" ".join(each.split(" ")[:2]) for each in known), *known])
+            raise ConfigError([f"gap: no row of the study has {name!r}{hint} (known: {', '.join(known) or 'none'})"])
 
 
 def _children(recipe: Recipe) -> dict[str, Recipe]:
@@ -143,6 +185,7 @@ def _trained(
         return f"{path.name} failed: {reason}"
 
     while waiting or running:
+        known = len(ended)
         for path in [path for path in waiting if needs[path] <= ended]:
             if (result := _finished(waiting[path])) is not None:
                 ended.add(path)
@@ -155,6 +198,8 @@ def _trained(
             else:
                 break
             del waiting[path]
+        if len(ended) > known:
+            continue  # others may have waited for what was just read back
         for future in wait(running, return_when=FIRST_COMPLETED).done:
             path = running.pop(future)
             ended.add(path)
