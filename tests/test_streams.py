@@ -288,6 +288,23 @@ def test_a_shard_that_is_wrong_is_named_and_nothing_takes_its_place(what: str, t
 
 
 @pytest.mark.fault("data")
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("shard", range(4))
+def test_a_shard_that_is_longer_than_told_is_named_wherever_it_is_read(
+    shard: int, batch: int, workers: int, tmp_path: Path
+) -> None:
+    """Its last image, even where no image is read after it; never the shard that follows."""
+    lengths = [8, 8, 8, 8]
+    make_shards(tmp_path, {"train": [*lengths[:shard], 9, *lengths[shard + 1 :]], "validation": [4]})
+    change_info(tmp_path, shard_lengths=lengths)
+    data = opened(tmp_path, batch_size=batch, workers=workers)
+    for epoch in range(4):
+        with pytest.raises(ValueError, match=rf"train-000{shard}\.tar, image 7: .* holds more than the 8 images"):
+            list(data.train.epoch(epoch))
+
+
+@pytest.mark.fault("data")
 def test_a_shard_that_vanishes_is_named_by_workers_too(tmp_path: Path) -> None:
     data = opened(make_shards(tmp_path), workers=2)
     (tmp_path / "train-0003.tar").unlink()

@@ -163,6 +163,10 @@ class _Reading(IterableDataset[Any]):
                     return
                 with seeded(self.batches.seed, "image", self.epoch, index):
                     samples.append((self.transform(image), label))
+            if row is rows[-1]:
+                for _, sample in coming:  # a last shard that is longer than told says so when asked for one more
+                    yield sample
+                    return
             yield default_collate(samples)
 
     def _coming(self, lane: Lane, wanted: set[int]) -> Iterator[tuple[int, Any]]:
@@ -178,7 +182,10 @@ class _Reading(IterableDataset[Any]):
                     if number in wanted:
                         yield number, sample
                     number += 1
+                    if number == begins[shard] + last < begins[shard + 1]:
+                        break  # what lies behind is another's
             except Exception as error:  # whatever a disk, a network or a broken file raises
+                number = min(number, begins[shard] + last - 1)  # one image too many is still this shard's fault
                 yield number, Unreadable(unreadable(self.source, number, error))
 
 
