@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import re
 import shutil
 from html.parser import HTMLParser
@@ -208,7 +210,8 @@ def test_accuracy_gain_and_calibration_are_those_of_the_plain_definitions(html: 
     gained = sum(s and not b for s, b in zip(student, baseline, strict=True))
     lost = sum(b and not s for s, b in zip(student, baseline, strict=True))
     assert f"{gained} images went from wrong to right and {lost} from right to wrong" in found.text["changes"]
-    error = 100 * ((gained + lost - (gained - lost) ** 2 / len(student)) ** 0.5) / len(student)
+    n = len(student)
+    error = 100 * ((gained + lost - (gained - lost) ** 2 / n) / n / (n - 1)) ** 0.5
     assert found.row("outcome", "student")[1].endswith(f"± {error:.2f}")
 
 
@@ -352,7 +355,7 @@ def test_a_run_without_weights_leads_to_a_page_that_says_so(made: Path, tmp_path
     found = Page(report([run], tmp_path / "r.html").read_text(encoding="utf-8"))
     assert "This run is not finished." in found.text[""]
     for section in ("classes", "agreement", "calibration"):
-        assert "The student's weights are missing: neither student.safetensors" in found.text[section]
+        assert "The student is missing: neither student.safetensors" in found.text[section]
 
 
 # the command
@@ -410,18 +413,69 @@ def test_the_calibration_error_is_the_mean_distance_from_the_line() -> None:
 
 
 def test_the_verdict_says_what_the_table_says_and_what_it_cannot_tell() -> None:
-    def row(what: str, top1: float | None, gain: tuple[float, float] | None = None) -> Row:
+    def row(what: str, top1: float | None, gain: figures.Gain | None = None) -> Row:
         return Row(what, "net", top1, gain, None, None, None, "")
 
     teachers = [row("teacher wide", 83.85), row("teacher twin", 81.65), row("teacher gone", None)]
-    said = verdict([*teachers, row("baseline", 80.9), row("student", 83.3, (2.4, 0.46))], 4000)
+    said = verdict([*teachers, row("baseline", 80.9), row("student", 83.3, figures.Gain(2.4, 0.46, 0.049))], 4000)
     assert said == (
         "The student is right on 83.30 % of 4,000 test images, 2.40 ± 0.46 points above the baseline, "
         "0.55 points below teacher wide."
     )
-    said = verdict([row("student", 82.25, (-0.57, 0.43))], 4000)
-    assert said.endswith("0.57 ± 0.43 points below the baseline (no more than chance among these images).")
+    said = verdict([row("student", 82.25, figures.Gain(-0.57, 0.25, 0.051))], 4000)
+    assert said.endswith("0.57 ± 0.25 points below the baseline (no more than chance among these images).")
     assert verdict([row("student", None), *teachers], 10) == ""
+
+
+def test_the_error_of_a_gain_is_that_of_a_paired_difference() -> None:
+    before, after = torch.tensor([True, False, False, True]), torch.tensor([True, True, True, False])
+    found = figures.gain(before, after)  # 0, 1, 1, -1: mean 1/4, squares of deviations 44/16, variance 11/12
+    assert found.points == 25 and found.error == pytest.approx(100 * math.sqrt(11 / 12 / 4))
+    assert figures.gain(before[:1], after[:1])[:2] == (0, math.inf)
+
+
+def test_mcnemars_test_is_the_share_of_all_throws_of_a_coin() -> None:
+    for throws in range(11):
+        heads = [sum(coins) for coins in itertools.product((0, 1), repeat=throws)]
+        for won in range(throws + 1):
+            uneven = abs(2 * won - throws)
+            share = sum(abs(2 * count - throws) >= uneven for count in heads) / len(heads)
+            assert figures.mcnemar(won, throws - won) == pytest.approx(share, abs=1e-12), (won, throws)
+    assert figures.mcnemar(0, 5000) == 0 and figures.mcnemar(5000, 5000) == 1
+    assert figures.mcnemar(5100, 4900) == pytest.approx(math.erfc(199 / math.sqrt(2 * 10_000)), rel=1e-3)  # a bell
+
+
+def test_a_gain_of_few_images_is_not_called_one_for_its_standard_error() -> None:
+    """Five images won and none lost of ten: three standard errors, and one in sixteen for a coin."""
+    before = torch.tensor([True] * 5 + [False] * 5)
+    found = figures.gain(before, torch.ones(10, dtype=torch.bool))
+    assert found.points / found.error > 2 and found.chance == 2 / 2**5
+    row = Row("student", "net", 100.0, found, None, None, None, "")
+    assert verdict([row], 10).endswith("(no more than chance among these images).")
+
+
+class Broken(torch.nn.Module):
+    def forward(self, images: Tensor) -> Tensor:
+        answer = torch.tensor([[0.0, 1.0, 0.0]]).repeat(len(images), 1)
+        answer[0] = float("nan")
+        return answer
+
+
+def test_a_model_that_answers_nan_is_set_aside_and_the_page_says_so(made: Path, tmp_path: Path) -> None:
+    for what in ("student", "wide"):
+        opened = open_run(copy(made, tmp_path / what), CPU, None)
+        member = opened.student if what == "student" else opened.teachers[what]
+        member.net = Broken()
+        view = look(opened, 0, True)
+        row = view.row(member.what)
+        assert row.top1 is None and row.gain is None and row.note == "it answers NaN to 3 of 60 test images"
+        assert ("The student is missing: it answers NaN" in view.notes.get("agreement", "")) == (what == "student")
+        assert {one["what"] for one in view.calibration} == {m.what for m in opened.members} - {member.what}
+
+
+def test_nan_is_no_answer() -> None:
+    logits, labels = torch.tensor([[float("nan"), 0.0], [1.0, 0.0], [0.0, float("nan")]]), torch.tensor([0, 0, 1])
+    assert figures.accuracy(logits, labels) == pytest.approx(100 / 3)
 
 
 def test_cases_confusions_and_samples_are_counted() -> None:

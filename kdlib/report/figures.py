@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,8 +15,8 @@ BINS = 15
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
-    """Top-1 in percent."""
-    return percent(logits.argmax(1) == labels)
+    """Top-1 in percent; NaN is no answer, and wrong."""
+    return percent((logits.argmax(1) == labels) & ~logits.isnan().any(1))
 
 
 def percent(hits: Tensor) -> float:
@@ -28,13 +30,38 @@ def by_class(hits: Tensor, labels: Tensor, classes: int) -> list[float]:
     return (100 * torch.bincount(labels[hits], minlength=classes).double() / totals).tolist()
 
 
-def gain(before: Tensor, after: Tensor) -> tuple[float, float]:
-    """(difference in points, its standard error) of two models over the same images, right or not ``(N,)``.
+class Gain(NamedTuple):
+    """One model's share of right answers minus another's, over the same images."""
+
+    points: float
+    error: float
+    """Standard error of ``points``; infinite for one image."""
+    chance: float
+    """Probability that models equally good differ by as much: ``mcnemar``."""
+
+
+def gain(before: Tensor, after: Tensor) -> Gain:
+    """The difference of two models over the same images, right or not ``(N,)``.
 
     The pairs are what counts: images that both have right or both have wrong tell nothing about the difference.
     """
-    difference = after.double() - before.double()
-    return 100 * difference.mean().item(), 100 * (difference.var(unbiased=False) / len(difference)).sqrt().item()
+    difference, count = after.double() - before.double(), len(after)
+    error = 100 * (difference.var() / count).sqrt().item() if count > 1 else math.inf
+    return Gain(
+        100 * difference.mean().item(), error, mcnemar(int((difference > 0).sum()), int((difference < 0).sum()))
+    )
+
+
+def mcnemar(won: int, lost: int) -> float:
+    """McNemar's exact test: a fair coin, thrown for each image that one model alone has right, falls as unevenly.
+
+    McNemar, Psychometrika 12, 1947; by the binomial distribution, two-sided: ``min(1, 2 P[X ≤ min(won, lost)])``.
+    """
+    throws, way, ways = won + lost, 1, 1
+    for fewer in range(min(won, lost)):
+        way = way * (throws - fewer) // (fewer + 1)
+        ways += way
+    return min(1.0, 2 * ways / 2**throws)
 
 
 @dataclass(frozen=True)

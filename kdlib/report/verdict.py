@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .figures import gain
+from .figures import Gain, gain
 from .view import Row, View
 
-CLEAR = 2.0
-"""Standard errors beyond which a gain is called one."""
+CHANCE = 0.05
+"""A gain is called one where models equally good would differ as much more seldom, by McNemar's exact test."""
 
 
 def verdict(rows: Sequence[Row], images: int) -> str:
@@ -25,10 +25,7 @@ def verdict(rows: Sequence[Row], images: int) -> str:
     assert student.top1 is not None
     parts = [f"The student is right on {student.top1:.2f} % of {images:,} test images"]
     if student.gain is not None:
-        points, error = student.gain
-        parts.append(f"{abs(points):.2f} ± {error:.2f} points {'above' if points >= 0 else 'below'} the baseline")
-        if abs(points) <= CLEAR * error or not points:
-            parts[-1] += " (no more than chance among these images)"
+        parts.append(_against(student.gain, "the baseline"))
     teachers = {what: row.top1 for what, row in known.items() if what.startswith("teacher ") and row.top1 is not None}
     if teachers:
         best = max(teachers, key=lambda what: teachers[what])
@@ -42,7 +39,10 @@ def beside(first: View, other: View) -> str:
     mine, theirs = other.answers, first.answers
     if not {"student"} <= mine.logits.keys() & theirs.logits.keys() or not mine.labels.equal(theirs.labels):
         return ""
-    points, error = gain(theirs.right("student"), mine.right("student"))
-    chance = " (no more than chance among these images)" if abs(points) <= CLEAR * error or not points else ""
-    side = "above" if points >= 0 else "below"
-    return f"{abs(points):.2f} ± {error:.2f} points {side} the student of {first.name}{chance}."
+    return f"{_against(gain(theirs.right('student'), mine.right('student')), f'the student of {first.name}')}."
+
+
+def _against(found: Gain, whom: str) -> str:
+    chance = "" if found.chance < CHANCE else " (no more than chance among these images)"
+    side = "above" if found.points >= 0 else "below"
+    return f"{abs(found.points):.2f} ± {found.error:.2f} points {side} {whom}{chance}"

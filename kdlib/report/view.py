@@ -26,8 +26,8 @@ class Row:
     what: str
     model: str
     top1: float | None
-    gain: tuple[float, float] | None
-    """Against the baseline in points, and its standard error."""
+    gain: figures.Gain | None
+    """Against the baseline."""
     ece: float | None
     parameters: int | None
     speed: float | None
@@ -86,6 +86,7 @@ class View:
 def look(opened: Opened, number: int, alone: bool) -> View:
     """Measures a run. ``number`` is its place among the runs of the page, ``alone`` whether it is the only one."""
     given = answers(opened)
+    _set_aside(opened, given)
     term_lines = _term_lines(opened)
     view = View(
         opened.name,
@@ -113,6 +114,15 @@ def look(opened: Opened, number: int, alone: bool) -> View:
     return view
 
 
+def _set_aside(opened: Opened, given: Answers) -> None:
+    """Takes models that answer NaN out of all that follows; the first NaN, mostly class 0, would be their answer."""
+    for member in opened.members:
+        logits = given.logits.get(member.what)
+        if logits is not None and (lost := int(logits.isnan().any(1).sum())):
+            del given.logits[member.what]
+            member.net, member.missing = None, f"it answers NaN to {lost:,} of {len(logits):,} test images"
+
+
 def _line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
@@ -121,7 +131,7 @@ def _say_missing(view: View) -> None:
     """Why sections are empty, in sentences."""
     opened = view.opened
     if opened.student.net is None:
-        gone = f"The student's weights are missing: {opened.student.missing}."
+        gone = f"The student is missing: {opened.student.missing}."
         view.notes |= dict.fromkeys(("classes", "agreement", "calibration", "changes"), gone)
     if not opened.teachers:
         view.notes["agreement"] = view.notes["alike"] = "This run has no teacher."
