@@ -122,7 +122,8 @@ def wrong(*arguments: str) -> list[str]:
         ("terms.x={loss: cross_entropy, teacher: wide}", "terms.x.teacher: cross_entropy reads the labels alone"),
         ("terms={a b: {loss: cross_entropy}}", "terms.a b: a term's name is a plain word"),
         ("schedule.warmup_epochs=10", "schedule: warmup_epochs 10 and cooldown_epochs 0 leave nothing of 10 epochs"),
-        ("optimizer.betas=[0.9, 2]", "optimizer: adamw cannot be built: Invalid beta parameter"),
+        ("optimizer.betas=[0.9, 2]", "optimizer.betas.1: input should be less than 1 (got 2)"),
+        ("optimizer={name: sgd, momentum: 9}", "optimizer.momentum: input should be less than 1 (got 9)"),
         ("teacher_autocast=false", "teacher_autocast: false goes with precision: bf16 (got 'none'); set that, or true"),
         ("optimizer.momentum=0.9", "optimizer.momentum: adamw has no momentum; leave it out"),
         # doors to code and files that are not ours

@@ -28,7 +28,7 @@ def _number(value: Any) -> Any:
 
 Number = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_number)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(_number)]
-Share = Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator(_number)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator(_number)]
 Decay = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False), BeforeValidator(_number)]
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{8,64}$")]
 Count = Annotated[int, Field(gt=0, strict=True)]

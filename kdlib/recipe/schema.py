@@ -10,7 +10,7 @@ from pydantic import Field, StrictBool
 from torch import nn
 
 from ..losses import LOSSES
-from .fields import Count, Decay, Digest, Location, Moment, Named, Natural, Number, Positive, Share, Strict, Taps
+from .fields import Count, Decay, Digest, Location, Moment, Named, Natural, NonNegative, Number, Positive, Strict, Taps
 
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "aim", "clearml", "dvclive", "swanlab"]
 
@@ -74,8 +74,8 @@ class Teacher(Named):
 class Slope(Strict):
     """A factor that moves from ``first``, where the term starts, to ``last``."""
 
-    first: Share = 1.0
-    last: Share = 0.0
+    first: NonNegative = 1.0
+    last: NonNegative = 0.0
     until: Moment | None = None
     """When it reaches ``last``, where it then stays; by default where the term ends."""
     shape: Literal["linear", "cosine"] = "linear"
@@ -85,7 +85,7 @@ class Term(Strict):
     """One summand of the objective."""
 
     loss: Loss
-    weight: Share = 1.0
+    weight: NonNegative = 1.0
     student: Taps | None = None
     """Tap of the student, or a pattern of taps, or a list of them; by default its answer."""
     teacher: Taps | None = None
@@ -133,10 +133,10 @@ class Optimizer(Strict):
 
     name: str = "adamw"
     lr: Positive = 1e-3
-    weight_decay: Share = 0.05
-    betas: tuple[Share, Share] | None = None
+    weight_decay: NonNegative = 0.05
+    betas: tuple[Decay, Decay] | None = None
     eps: Positive | None = None
-    momentum: Share | None = None
+    momentum: Decay | None = None
     clip_grad: Positive | None = None
     """Largest norm of the whole gradient."""
 
@@ -144,10 +144,10 @@ class Optimizer(Strict):
 class Schedule(Strict):
     """Cosine learning rate per step, with warm-up before and cool-down (at ``min_lr``) within ``epochs``."""
 
-    warmup_epochs: Share = 0
-    warmup_lr: Share = 1e-6
-    min_lr: Share = 1e-5
-    cooldown_epochs: Share = 0
+    warmup_epochs: NonNegative = 0
+    warmup_lr: NonNegative = 1e-6
+    min_lr: NonNegative = 1e-5
+    cooldown_epochs: NonNegative = 0
 
 
 class Compile(Strict):
