@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from math import isnan, nan
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from . import results, runs
 from .progress import console
-from .recipe import Recipe
+from .recipe import Recipe, build
 from .training import checkpoint, runfolder
+from .yaml12 import parse
 
 
 def conclude(
@@ -29,27 +31,41 @@ def conclude(
     parts = {f"teacher {name}": teacher for name, teacher in outcome.teachers.items()}
     parts |= {"baseline": outcome.baseline} if outcome.baseline else {}
     parts |= {"student": outcome}
-    shown = [(what, o.name, o.net, o.result["top1"]) for what, o in parts.items()]
+    images = next(outcome.data.test.epoch(0))[0]
+    foreign = {f"teacher {name}" for name in outcome.teachers if not _answers(outcome, name, images)}
+    shown = [(what, o.name, o.net, nan if what in foreign else o.result["top1"]) for what, o in parts.items()]
     shown += [(what, outcome.name, net, top1) for what, (net, top1) in (derived or {}).items()]
-    speeds = results.throughput([net for _, _, net, _ in shown], next(outcome.data.test.epoch(0))[0])
+    speeds = results.throughput([net for _, _, net, _ in shown], images)
     rows = [
         results.Row(what, name, top1, results.count_parameters(net), speed)
         for (what, name, net, top1), speed in zip(shown, speeds, strict=True)
     ]
     trained = {what: o.folder for what, o in parts.items() if what == "student" or o.folder != outcome.folder}
     results.curves(trained, outcome.folder / "curves.png")
-    top1 = {row.what: row.top1 for row in rows}
+    top1 = {row.what: None if isnan(row.top1) else row.top1 for row in rows}
     file = outcome.folder / runfolder.SUMMARY
     summary = json.loads(file.read_text(encoding="utf-8")) | {
-        "teacher_top1": rows[0].top1 if outcome.teachers else None,
+        "teacher_top1": top1[rows[0].what] if outcome.teachers else None,
         "baseline_top1": top1.get("baseline"),
         "student_top1": top1["student"],
         **(facts or {}),
-        "rows": [vars(row) for row in rows],
+        "rows": [vars(row) | {"top1": top1[row.what]} for row in rows],
     }
     checkpoint.write_json(file, summary)
     console.print(results.table(rows, f"{outcome.data.name}, {outcome.seconds:.0f} s"))
     return rows
+
+
+def _answers(outcome: runs.Outcome, name: str, images: Tensor) -> bool:
+    """Whether a teacher tells the data's classes apart: as many, and by no new head on timm's weights for others."""
+    teacher, classes = outcome.teachers[name], len(outcome.data.classes)
+    if build.answer(teacher.net, images[:1], f"teachers.{name}").shape[1] != classes:
+        return False
+    if teacher.folder != outcome.folder:
+        return True  # this run, or one beside it, has trained it
+    spec = parse((outcome.folder / runfolder.CONFIG).read_text(encoding="utf-8"))["teachers"][name]
+    own = (getattr(teacher.student, "pretrained_cfg", None) or {}).get("num_classes", classes)
+    return spec["weights"] is not None or own == classes
 
 
 def make(recipe: Recipe) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ class Row:
     what: str
     model: str
     top1: float
-    """Percent of the test images."""
+    """Percent of the test images; NaN where it tells other classes apart than theirs."""
     parameters: int
     images_per_second: float
     """Inference, whole batches, on the device of the run."""
@@ -39,7 +40,8 @@ def table(rows: Sequence[Row], title: str) -> Table:
     ):
         built.add_column(name, justify=justify)  # type: ignore[arg-type]
     for row in rows:
-        built.add_row(row.what, row.model, f"{row.top1:.2f}", f"{row.parameters:,}", f"{row.images_per_second:,.0f}")
+        top1 = "–" if math.isnan(row.top1) else f"{row.top1:.2f}"
+        built.add_row(row.what, row.model, top1, f"{row.parameters:,}", f"{row.images_per_second:,.0f}")
     return built
 
 

@@ -4,6 +4,7 @@ before anything is made."""
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,10 +21,12 @@ from kdlib import Renormalize, runs
 from kdlib.conclude import conclude
 from kdlib.config import ConfigError, read
 from kdlib.recipe import Recipe, load
+from kdlib.results import table
 from kdlib.teacher import Teacher
 from kdlib.training import checkpoint
 from kdlib.training.place import channels_last
 from recipes.riformer import gfnet, model  # noqa: F401  registers the models
+from recipes.riformer import run as riformer
 from recipes.riformer.convert import convert
 from tests.conftest import ROOT
 
@@ -243,6 +246,44 @@ def test_a_given_teacher_of_other_images_is_measured_on_its_own(
         raise AssertionError(f"{word} is no JSON")
 
     json.loads((tmp_path / "run" / "summary.json").read_text(), parse_constant=refuse)
+
+
+@pytest.mark.parametrize("given", ["num_classes: 12, weights: big.safetensors", "pretrained: true"])
+def test_a_given_teacher_of_other_classes_has_no_accuracy(
+    given: str, folder: Path, tmp_path: Path, fresh_state: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its features are read and its answer is not: one over 12 classes, or by a head that nobody has trained."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("timm.models._builder.load_pretrained", lambda *_, **__: None)  # no download
+    save_file(timm.create_model("test_resnet", num_classes=12).state_dict(), "big.safetensors")
+    features = "{loss: similarity_preserving, student: stages.1, teacher: big.layer4}"
+    outcome = runs.run(
+        plain(folder, tmp_path / "run", f"teachers={{big: {{name: test_resnet, {given}}}}}",
+              f"terms={{soft: null, label: {{loss: cross_entropy}}, features: {features}}}", epochs=1)
+    )  # fmt: skip
+    rows = {row.what: row for row in conclude(outcome)}
+    assert math.isnan(rows["teacher big"].top1) and rows["student"].top1 == outcome.result["top1"]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["teacher_top1"] is None and summary["rows"][0]["top1"] is None
+    assert summary["student_top1"] == summary["rows"][-1]["top1"] == outcome.result["top1"]
+    assert next(iter(table([*rows.values()], "t").columns[2].cells)) == "–"
+
+
+def test_fused_and_unfused_are_compared_in_float32_throughout(folder: Path, tmp_path: Path, fresh_state: None) -> None:
+    asked: list[str] = []
+
+    class Told(torch.nn.Linear):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            asked.append(torch.get_float32_matmul_precision())
+            return super().forward(images.flatten(1)[:, :4])
+
+    student, fused = Told(4, 3), Told(4, 3)
+    batches = SimpleNamespace(epoch=lambda _: [(torch.ones(2, 1, 2, 2), None)])
+    seat = SimpleNamespace(device=torch.device("cpu"), gather=lambda value: value)
+    outcome: Any = SimpleNamespace(student=student, data=SimpleNamespace(test=batches), accelerator=seat)
+    torch.set_float32_matmul_precision("high")
+    assert riformer.largest_difference(outcome, fused) > 0
+    assert asked == ["highest"] * 2 and torch.get_float32_matmul_precision() == "high"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 needs a GPU, and here is one")
