@@ -78,6 +78,8 @@ def wrong(*arguments: str) -> list[str]:
         ("terms.soft.loss={name: crd, samples: 0}", "terms.soft.loss.samples: CRD: samples must be a positive number"),
         ("terms.soft.loss=3", "terms.soft.loss: input should be a mapping of keys to values (got 3)"),
         ("terms.x.loss={}", "terms.x.loss.name: is missing"),
+        ("terms.sof.weight=1", "terms.sof.loss: is missing; did you mean 'soft'?"),
+        ("teachers.wid.pretrained=true", "teachers.wid.name: is missing; did you mean 'wide'?"),
         ("terms.x.loss.name=null", "terms.x.loss.name: input should be a valid string (got None)"),
         ("data.augment.flip=3", "data.augment.flip: got 3.0, expected a probability from 0 to 1"),
         ("data.limit=many", "data.limit: input should be a valid integer (got 'many')"),
@@ -225,6 +227,8 @@ def test_children_take_over_what_they_share_and_the_baseline_how_it_is_trained()
     wide, _, baseline = found.values()
     assert (wide.seed, wide.data, wide.student.name) == (3, parent.data, parent.teachers["wide"].name)
     assert (baseline.epochs, baseline.student.arguments, baseline.teachers) == (7, {"drop_rate": 0.1}, {})
+    apart = load_children(recipe("seed=3", "compile.teacher=false"))
+    assert all(child.compile.teacher for child in apart.values()), "they have no teachers, and are the same runs"
     assert not load_children(recipe("baseline=null", "teachers.wide.weights=x.pth", "teachers.twin.weights=x.pth"))
 
 
@@ -401,6 +405,10 @@ def test_models_get_the_classes_and_channels_of_the_data(images: data.Data) -> N
         (
             "student.num_clases=3",
             "student.num_clases: riformer_nano takes no such argument; did you mean 'num_classes'?",
+        ),
+        (
+            "student={name: riformer_nano, drop_rate: 0.1, drop_rat: 0.1}",
+            "student.drop_rat: riformer_nano takes no such argument; did you mean 'drop_rate'?",
         ),
         ("student.weigths=x", "student.weigths: riformer_nano takes no such argument; did you mean 'weights'?"),
         ("student.depths=3", "student: riformer_nano cannot be built from {"),

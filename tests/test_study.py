@@ -164,6 +164,8 @@ def test_the_plot_shows_every_row(tmp_path: Path) -> None:
     ("text", "what"),
     [
         ("rows: {a: []}\nrow: 3", "row: unknown key (known: title, against, gap, rows)"),
+        ("rows: {a b: [], a-b: []}", "rows: 'a-b' and 'a b' would share a folder, named by what of a row is A-Z"),
+        ("rows: {λ: []}", "rows: 'λ' would have no folder"),
         ("title: x", "rows: expected a mapping"),
         ("rows: {a: soft.yaml}", "rows.a: expected a list of config files and key=value settings (got 'soft.yaml')"),
         ("rows: {soft: []}\nagainst: sofd", "against: no row 'sofd'; did you mean 'soft'?"),
@@ -188,6 +190,7 @@ def test_a_wrong_study_is_one_line(tmp_path: Path, text: str, what: str) -> None
         (["ladr", "--data", "scale"], "study: no 'ladr' (known: ladder)"),
         (["ladder", "--data", "imagnet"], "--data: no 'imagnet' (known: scale)"),
         (["ladder", "--data", "scale", "--rows", "sof"], "--rows: no row 'sof'; did you mean 'soft'?"),
+        (["ladder", "--data", "scale", "--rows", "soft", "epoch=3"], "row 'soft': command line: epoch: unknown key"),
         (["ladder", "--data", "scale", "seed=7"], "command line: seed: a study has --seeds for it; leave it out"),
         (["ladder", "--data", "scale", "output=x"], "command line: output: a study has --out for it; leave it out"),
         (["ladder", "--data", "scale", "data.root=/nowhere", "data.name=folder"], "data: "),

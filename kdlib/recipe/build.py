@@ -59,7 +59,7 @@ def build_model(spec: Named, data: Data, where: str) -> nn.Module:
     except Exception as error:  # hundreds of models and a download: each fails in its own way
         reason = _line(error).replace("__init__()", "")
         if word := re.search(r"unexpected keyword argument '(\w+)'", reason):
-            known = [*USUAL, *type(spec).model_fields]
+            known = [*(name for name in spec.arguments if name != word[1]), *USUAL, *type(spec).model_fields]
             raise ConfigError(
                 [f"{where}.{word[1]}: {spec.name} takes no such argument{nearest(word[1], known)}"]
             ) from None

@@ -23,6 +23,7 @@ def children(recipe: Recipe) -> dict[Key, dict[str, Any]]:
     """
     plain = recipe.model_dump(mode="json")
     shared = {key: plain[key] for key in SHARED}
+    shared["compile"] = {"mode": plain["compile"]["mode"]}  # the rest is about teachers, which a child has of its own
     found: dict[Key, dict[str, Any]] = {}
     for name, spec in recipe.teachers.items():
         if spec.recipe is not None and not spec.foreign:

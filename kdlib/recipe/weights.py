@@ -71,7 +71,9 @@ def read_weights(path: Path, where: str) -> Mapping[str, Tensor]:
         ConfigError: a file that is missing, corrupt, or holds more than tensors.
     """
     if not path.is_file():
-        raise ConfigError([f"{where}: no file {path}{' (it is a folder)' if path.is_dir() else ''}"])
+        inside = path / "student.safetensors"
+        hint = f"; name the file, {inside}" if inside.is_file() else ""
+        raise ConfigError([f"{where}: no file {path}{f' (it is a folder{hint})' if path.is_dir() else ''}"])
     try:
         if path.suffix == ".safetensors":
             return load_file(path)

@@ -33,8 +33,17 @@ def wrongs(error: ValidationError, raw: Any, model: type[BaseModel]) -> list[tup
     """pydantic's errors by key, those of one key in one line: a value may be none of several kinds."""
     found: dict[Key, list[str]] = {}
     for one in error.errors(include_url=False):
-        found.setdefault(_place(one, raw), []).append(_say(one, model))
+        key = _place(one, raw)
+        found.setdefault(key, []).append(_say(one, model) + _sibling(one, key, raw))
     return [(key, ", or ".join(dict.fromkeys(says))) for key, says in found.items()]
+
+
+def _sibling(error: Any, key: Key, raw: Any) -> str:
+    """The nearest name beside one that lacks what it must have: a term or a teacher that was misspelt."""
+    if error["type"] != "missing" or len(key) != 3 or not isinstance(raw, dict):
+        return ""
+    beside = raw.get(key[0])
+    return nearest(str(key[1]), [name for name in beside if name != key[1]]) if isinstance(beside, dict) else ""
 
 
 def _place(error: Any, raw: Any) -> Key:

@@ -47,7 +47,10 @@ def main(train: Train, studies: Path, scales: Path, arguments: Sequence[str] | N
         if not _leads():
             return 0
         study = load_study(_file(given.study, studies, "study"))
-        study = choose(study, given.rows) if given.rows else study
+        # `--rows a b key=value`: argparse takes the setting for a row
+        rest += [word for word in given.rows or () if is_assignment(word) and word not in study.rows]
+        rows = [word for word in given.rows or () if word not in rest]
+        study = choose(study, rows) if rows else study
         folder = given.out or Path("runs") / "studies" / f"{Path(given.study).stem}-{Path(given.data).stem}"
         planned = recipes(study, _file(given.data, scales, "--data"), given.seeds, folder, rest)
         stopped, failed = 0, dict[str, str]()

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
 
 from ..config import ConfigError, is_assignment, read, read_file
 from ..recipe import Recipe, load
+from ..recipe.wording import nearest
 
 Key = tuple[str, int]
 """(row, seed)"""
@@ -55,26 +54,26 @@ def load_study(path: Path) -> Study:
     compared = against if isinstance(against, dict) else dict.fromkeys(rows, against)
     for name in [*compared, *compared.values()]:
         if name not in rows:
-            raise wrong("against", f"no row {name!r}{near(name, rows)} (known: {', '.join(rows)})")
+            raise wrong("against", f"no row {name!r}{nearest(str(name), rows)} (known: {', '.join(rows)})")
+    slugs: dict[str, str] = {}
+    for name in rows:
+        if (slug := _slug(name)) in slugs or not slug:
+            other = f" and {slugs[slug]!r} would share a folder" if slug else " would have no folder"
+            raise wrong("rows", f"{name!r}{other}, named by what of a row is A-Z, a-z, 0-9, '.' or '_'; rename it")
+        slugs[slug] = name
     gap = data.get("gap")
     if gap is not None and not (isinstance(gap, list) and len(gap) == 2 and all(isinstance(name, str) for name in gap)):
         raise wrong("gap", f"expected two names, [from, to] (got {gap!r})")
     for name in gap or ():
         if name not in rows and not name.startswith("teacher "):
             known = f"(known: {', '.join(rows)}; or a teacher, as 'teacher NAME')"
-            raise wrong("gap", f"no row {name!r}{near(name, rows)} {known}")
+            raise wrong("gap", f"no row {name!r}{nearest(str(name), rows)} {known}")
     return Study(
         str(data.get("title", path.stem)),
         {name: [_beside(path, part) for part in parts] for name, parts in rows.items()},
         {name: other for name, other in compared.items() if name != other},
         None if gap is None else (gap[0], gap[1]),
     )
-
-
-def near(name: Any, known: Sequence[str] | Mapping[str, Any]) -> str:
-    """The nearest right name as the end of an error message; empty if none is near."""
-    found = get_close_matches(str(name), list(known), n=1)
-    return f"; did you mean {found[0]!r}?" if found else ""
 
 
 def _beside(path: Path, part: str) -> str:
@@ -89,7 +88,9 @@ def choose(study: Study, only: Sequence[str]) -> Study:
     """
     for name in only:
         if name not in study.rows:
-            raise ConfigError([f"--rows: no row {name!r}{near(name, study.rows)} (known: {', '.join(study.rows)})"])
+            raise ConfigError(
+                [f"--rows: no row {name!r}{nearest(str(name), study.rows)} (known: {', '.join(study.rows)})"]
+            )
     kept = {name for row in only for name in (row, study.against.get(row, row))}
     rows = {name: parts for name, parts in study.rows.items() if name in kept}
     against = {a: b for a, b in study.against.items() if a in kept and b in kept}

@@ -14,11 +14,12 @@ import torch
 from ..config import ConfigError
 from ..progress import bar
 from ..recipe import Recipe, build, load_children
+from ..recipe.wording import nearest
 from ..training import runfolder
 from ..training.place import cores
 from .paired import Mean, difference, mean
 from .pool import Workers
-from .rows import Key, Study, near
+from .rows import Key, Study
 
 Train = Callable[[Recipe], dict[str, float]]
 """Trains a recipe, or goes on with it, and gives its last evaluation; a function that other processes can import."""
@@ -142,7 +143,7 @@ def _check_gap(study: Study, planned: Mapping[Key, Recipe]) -> None:
         if len(found) > 1:
             raise ConfigError([f"gap: {name!r} are several; give one of {', '.join(map(repr, found))}"])
         if not found and name not in study.rows and not study.partial:
-            hint = near(name, [*(" ".join(each.split(" ")[:2]) for each in known), *known])
+            hint = nearest(str(name), [*(" ".join(each.split(" ")[:2]) for each in known), *known])
             raise ConfigError([f"gap: no row of the study has {name!r}{hint} (known: {', '.join(known) or 'none'})"])
 
 
