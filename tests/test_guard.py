@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import inf, isfinite, nan
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,8 +16,8 @@ from torch import Tensor, nn
 import kdlib as kd
 from kdlib.data.samplers import EpochBatches
 from kdlib.training import gradients
-from kdlib.training.guard import find, images
-from kdlib.training.journal import GRADIENT, LOSS
+from kdlib.training.guard import Guard, find, images
+from kdlib.training.journal import GRADIENT, LOSS, Row
 from kdlib.training.shield import Shield
 
 
@@ -43,6 +46,31 @@ def test_images_are_those_of_the_batch_or_of_the_whole_step() -> None:
     (bad,) = find([(5, [{GRADIENT: nan}] * 2)], epoch=2)
     whole = [*batches.rows(2)[4], *batches.rows(2)[5], *other.rows(2)[4], *other.rows(2)[5]]
     assert images(bad, batches, 2) == [int(image) for image in whole]
+
+
+@pytest.mark.fault("numbers")
+@pytest.mark.parametrize(("accumulate", "read"), [(1, 50), (1, 7), (2, 7), (4, 50)])
+def test_skipping_gives_up_after_so_many_bad_steps_in_a_row_however_they_are_read(
+    accumulate: int, read: int, tmp_path: Path
+) -> None:
+    def rows(first: int, last: int, wrong: Callable[[int], bool]) -> list[Row]:
+        return [(batch, [{LOSS: nan if wrong(batch) else 1.0}]) for batch in range(first, min(last, count))]
+
+    def look(epoch: int, wrong: Callable[[int], bool]) -> None:
+        for first in range(0, count, read):
+            guard.look(rows(first, first + read, wrong), epoch)
+
+    count = 30 * accumulate  # batches of an epoch: the limit is reached over several
+    data = SimpleNamespace(batches=EpochBatches(4 * count, 4, train=True, seed=5))
+    guard = Guard("skip", tmp_path, "toy", data, accumulate, Accelerator(cpu=True))
+    guard.report = lambda bad: None  # type: ignore[method-assign]  # a file for each would take seconds
+    look(0, lambda batch: batch != count - 1)  # one good batch does not make a step good
+    assert guard.in_a_row == (30 if accumulate > 1 else 0)
+    look(1, lambda batch: batch // accumulate != 15)
+    assert guard.in_a_row == 14, "a good step begins the count anew"
+    look(2, lambda batch: batch % accumulate == 0)
+    with pytest.raises(FloatingPointError, match=r"^toy: 50 steps in a row were not finite, the last by the sum"):
+        look(3, lambda batch: batch % accumulate == 0)
 
 
 def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:

@@ -90,6 +90,9 @@ class Guard:
         self.data, self.accumulate = data, accumulate
         self.suspect: tuple[int, int] | None = None
         """Epoch and first batch of the step at which each term's gradient is looked at by itself."""
+        self.in_a_row = 0
+        """Steps that were not finite since the last one that was; a read of the numbers may end within a step."""
+        self._last: tuple[int, int] | None = None
 
     def look(self, rows: Sequence[Row], epoch: int) -> None:
         """Raises on the first of ``rows`` that is not finite, or tells of all of them.
@@ -103,12 +106,24 @@ class Guard:
             raise found[0]
         for bad in found:
             self.report(bad)
-        if len(found) == len(rows) > LIMIT:
-            raise FloatingPointError(f"{self.title}: {len(rows)} batches in a row were not finite, the last by {bad}")
+        self._count({bad.batch: bad for bad in found}, rows, epoch)
 
-    def begins(self, bad: NotFinite) -> tuple[int, int]:
-        """Epoch and first batch of its step."""
-        return bad.epoch, bad.batch - bad.batch % self.accumulate
+    def _count(self, found: Mapping[int, NotFinite], rows: Sequence[Row], epoch: int) -> None:
+        for batch, _ in rows:
+            step = self.begins(epoch, batch)
+            if batch in found and step != self._last:
+                self.in_a_row, self._last = self.in_a_row + 1, step
+            elif (batch + 1) % self.accumulate == 0 and step != self._last:
+                self.in_a_row = 0
+            if self.in_a_row >= LIMIT:
+                raise FloatingPointError(
+                    f"{self.title}: {self.in_a_row} steps in a row were not finite, the last by {found[batch]}; its "
+                    f"images: {self.folder / REPORT}"
+                )
+
+    def begins(self, epoch: int, batch: int) -> tuple[int, int]:
+        """Epoch and first batch of the step to which the batch belongs."""
+        return epoch, batch - batch % self.accumulate
 
     def answer(self, bad: NotFinite, skipped: list[list[int]]) -> list[list[int]]:
         """What is left out from the last checkpoint on, where the run must go: ``skipped``, and the step of ``bad``
@@ -117,14 +132,15 @@ class Guard:
         Raises:
             FloatingPointError: the run stops for it.
         """
-        known = bad.names or bad.what != "gradient" or self.suspect == self.begins(bad)
-        self.suspect = self.begins(bad)
+        step = self.begins(bad.epoch, bad.batch)
+        known = bad.names or bad.what != "gradient" or self.suspect == step
+        self.suspect = step
         if not known:
             return skipped
         on_main(self.accelerator, lambda: self.report(bad))
         if self.policy == "stop" or len(skipped) >= LIMIT:
             raise self.end(bad)
-        return [*skipped, list(self.begins(bad))]
+        return [*skipped, list(step)]
 
     def accuse(self, epoch: int, batch: int, norms: Mapping[str, float]) -> None:
         """Raises on the terms whose gradient over a batch is not finite, on any process.

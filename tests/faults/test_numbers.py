@@ -86,10 +86,10 @@ def test_skip_at_the_first_and_at_the_last_step_of_an_epoch(place: str, run: Any
 
 @pytest.mark.fault("numbers")
 def test_where_every_step_is_wrong_skipping_ends(run: Any) -> None:
-    one = run(RICH, on_nonfinite="skip", data=RICH["data"] | {"limit": 1000}, log_every=200, save_every=0)
+    one = run(RICH, on_nonfinite="skip", data=RICH["data"] | {"limit": 1000}, log_every=15, save_every=0)
     every = ",".join(f"0.{batch}" for batch in range(125))
     said = one.go(KDLIB_BREAK=f"nan:{every}", code=1)
-    assert "batches in a row were not finite" in said and "Traceback" not in said
+    assert "50 steps in a row were not finite" in said and "Traceback" not in said
 
 
 @pytest.mark.fault("numbers")
