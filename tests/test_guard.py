@@ -11,6 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import Tiny, randomise
+from timm.optim import Lion
 from torch import Tensor, nn
 
 import kdlib as kd
@@ -73,6 +74,27 @@ def test_skipping_gives_up_after_so_many_bad_steps_in_a_row_however_they_are_rea
         look(3, lambda batch: batch % accumulate == 0)
 
 
+def made(kind: type[torch.optim.Optimizer]) -> tuple[nn.Module, torch.optim.Optimizer]:
+    model = randomise(Tiny(), 1)
+    model.drop.p = 0.0
+    more = {"momentum": 0.9} if kind in (torch.optim.SGD, torch.optim.RMSprop) else {}
+    return model, kind(model.parameters(), lr=0.1, weight_decay=0.1, **more)
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, shield: Shield | None = None) -> None:
+    if shield is not None:
+        shield.remember()
+    loss = model(images).square().mean()
+    loss.backward()
+    if shield is not None:
+        shield.see(loss.detach()[None])
+        shield.disarm()
+    optimizer.step()
+    optimizer.zero_grad()
+    if shield is not None:
+        shield.settle()
+
+
 def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:
     state = [value.clone() for held in optimizer.state.values() for value in held.values() if isinstance(value, Tensor)]
     return [*(tensor.clone() for tensor in model.state_dict().values()), *state]
@@ -84,35 +106,29 @@ def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]
 def test_a_shielded_step_leaves_no_trace_where_it_is_bad_and_is_the_plain_one_where_it_is_good(
     kind: type[torch.optim.Optimizer], wrong: float, images: Tensor
 ) -> None:
-    def make() -> tuple[nn.Module, torch.optim.Optimizer]:
-        model = randomise(Tiny(), 1)
-        model.drop.p = 0.0
-        more = {} if kind is torch.optim.AdamW else {"momentum": 0.9}
-        return model, kind(model.parameters(), lr=0.1, weight_decay=0.1, **more)
-
-    def step(model: nn.Module, optimizer: torch.optim.Optimizer, scale: float, shield: Shield | None = None) -> None:
-        if shield is not None:
-            shield.remember()
-        loss = model(images * scale).square().mean()
-        loss.backward()
-        if shield is not None:
-            shield.see(loss.detach()[None])
-            shield.disarm()
-        optimizer.step()
-        optimizer.zero_grad()
-        if shield is not None:
-            shield.settle()
-
-    (plain, theirs), (shielded, ours) = make(), make()
+    (plain, theirs), (shielded, ours) = made(kind), made(kind)
     shield = Shield(shielded, ours, Accelerator(cpu=True))
     for scale in (1.0, wrong, 2.0):
         before = snapshot(shielded, ours)
-        step(shielded, ours, scale, shield)
+        step(shielded, ours, images * scale, shield)
         if not isfinite(scale):
             assert all(torch.equal(a, b) for a, b in zip(before, snapshot(shielded, ours), strict=True))
         else:
-            step(plain, theirs, scale)
+            step(plain, theirs, images * scale)
         assert all(torch.equal(a, b) for a, b in zip(snapshot(plain, theirs), snapshot(shielded, ours), strict=True))
+
+
+@pytest.mark.fault("numbers")
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD, torch.optim.RMSprop, torch.optim.NAdam, Lion])
+def test_a_bad_first_step_leaves_the_optimizer_as_new(kind: type[torch.optim.Optimizer], images: Tensor) -> None:
+    """Its state is made in that step: moments, momenta, and how many steps there were."""
+    (plain, theirs), (shielded, ours) = made(kind), made(kind)
+    shield = Shield(shielded, ours, Accelerator(cpu=True))
+    for scale in (nan, inf, 1.0, 2.0):
+        step(shielded, ours, images * scale, shield)
+        if isfinite(scale):
+            step(plain, theirs, images * scale)
+            assert all(map(torch.equal, snapshot(plain, theirs), snapshot(shielded, ours)))
 
 
 def test_gradients_term_by_term_are_those_of_each_term_alone(images: Tensor, labels: Tensor) -> None:
