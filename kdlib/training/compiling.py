@@ -12,7 +12,7 @@ import torch
 import torch._functorch.config as functorch
 from torch import nn
 
-from .randomness import random_state, set_random_state
+from .unchanged import unchanged
 
 MODES = ("auto", "off", "default", "reduce-overhead", "max-autotune-no-cudagraphs", "graphs", "compiled-graphs")
 RECORDED = {"graphs": None, "compiled-graphs": "default"}
@@ -130,22 +130,6 @@ def keep_gradients(module: nn.Module) -> None:
     for parameter in module.parameters():
         if parameter.grad is not None:
             parameter.grad = parameter.grad.clone()
-
-
-@contextmanager
-def unchanged(modules: Sequence[nn.Module], device: torch.device, gradients: bool = True) -> Iterator[None]:
-    """Afterwards buffers and random numbers are as they were, and where ``gradients`` says so there are none."""
-    buffers = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers()]
-    draws = random_state(device)
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
-        for module in modules if gradients else ():
-            module.zero_grad(set_to_none=True)
-        set_random_state(draws, device)
 
 
 def reason(error: BaseException) -> str:

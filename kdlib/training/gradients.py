@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..distiller import Distiller
 from . import sharding
-from .compiling import unchanged
+from .unchanged import unchanged
 
 
 def norm(accelerator: Accelerator, module: nn.Module, clip: float | None) -> Tensor:

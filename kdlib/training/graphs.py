@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..distiller import Distilled
-from .compiling import reason, unchanged
+from .compiling import reason
+from .unchanged import unchanged
 
 Backward = Callable[[Tensor, dict[str, Tensor]], Distilled]
 """(images, targets) to what a step gives, its backward pass done."""
