@@ -6,7 +6,7 @@ differs is the compiler's doing, and nothing may.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -19,8 +19,10 @@ from torch import Tensor, nn
 
 import kdlib as kd
 from kdlib.data import Data
+from kdlib.distiller import Distilled
 from kdlib.losses import CrossEntropy, FeatureMSE, GramRelation, SoftTarget
-from kdlib.training import compiling
+from kdlib.training import compiling, passes
+from kdlib.training.graphs import Graphs
 from kdlib.training.train import Training
 
 EPOCHS = 4
@@ -88,9 +90,9 @@ def test_a_compiled_run_ends_as_the_plain_one_with_one_graph_more_when_terms_end
 
     run._set_epoch = told  # type: ignore[method-assign]
     run.run()
-    assert run.mode == "default", "it was not compiled at all"
-    # before the rehearsal, then at the beginning of each epoch
-    assert seen == [0, 2, 2, 2, 4], "teacher and distiller once each, and once more when two terms end together"
+    assert run.passes.mode == "default", "it was not compiled at all"
+    # at the beginning of each epoch, before what begins with it is tried out
+    assert seen == [0, 2, 2, 4], "teacher and distiller once each, and once more when two terms end together"
     assert graphs() == 4
     for name, value in state(run).items():
         torch.testing.assert_close(value, state(plain)[name], rtol=1e-5, atol=1e-6)
@@ -115,9 +117,92 @@ def test_terms_may_end_one_after_the_other_and_runs_follow_each_other(tmp_path: 
         run.distiller, run.teacher = kd.Distiller(run.distiller.student, terms), kd.Teacher(Tiny(), terms)
         run.optimizer, run.epochs = torch.optim.AdamW(run.distiller.parameters()), 11
         run.run()
-        assert run.mode == "default"
+        assert run.passes.mode == "default"
         assert run.distiller.live() == ("label",)
     assert graphs() == 2 * (11 + 1), "of each run: the distiller eleven times, the teacher as long as it is run, once"
+
+
+class Asks(nn.Module):
+    """Looks at a value while it runs, which no whole graph can."""
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return (student - teacher).square().mean() * (1.0 if float(student.detach().sum()) > 0 else 2.0)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_term_that_begins_later_and_cannot_be_compiled_does_not_end_the_run(
+    accumulate: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = []
+    for mode in ("off", "default"):
+        run = training(tmp_path / mode, mode, accumulate)
+        assert run.teacher is not None
+        late = kd.Term("late", Asks(), 0.1, schedule=kd.Window(start=2))
+        student, model, terms = run.distiller.student, run.teacher.model, (*run.distiller.terms, late)
+        student.drop.p = 0.1  # once it runs as it is, it draws what the plain one draws
+        run.distiller, run.teacher = kd.Distiller(student, terms), kd.Teacher(model, terms)
+        run.optimizer = torch.optim.AdamW(run.distiller.parameters(), lr=1e-2)
+        run.scheduler = CosineLRScheduler(run.optimizer, t_initial=100, t_in_epochs=False)
+        torch.manual_seed(0)
+        run.run()
+        runs.append(run)
+    plain, compiled = runs
+    assert compiled.passes.mode == "default", "the teacher is compiled still"
+    assert compiled.teacher is not None and compiled.teacher._compiled_call_impl is not None
+    assert compiled.distiller._compiled_call_impl is None and compiled.distiller.live() == ("soft", "label", "late")
+    told = [line for line in capsys.readouterr().out.split("train: ") if line.startswith("compiled (default)")]
+    assert ["cannot be taken whole (student: " in " ".join(line.split()) for line in told] == [False, True]
+    for name, value in state(compiled).items():
+        torch.testing.assert_close(value, state(plain)[name], rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_tried_out_for_terms_that_begin_leaves_no_trace(tmp_path: Path) -> None:
+    run = training(tmp_path, "default", 1)
+    tried: list[tuple[str, ...]] = []
+    run._batches, batches = lambda start: tried.append(run.distiller.live()) or batches(start), run._batches  # type: ignore
+
+    def step(images: Tensor, targets: dict[str, Tensor]) -> None:
+        assert all(parameter.grad is None for parameter in run.distiller.parameters())
+        assert torch.equal(torch.get_rng_state(), before)
+
+    before = torch.get_rng_state()
+    run._step = step  # type: ignore[method-assign]
+    run.run()
+    whole = ("soft", "label", "block", "relation")
+    assert tried == [whole, whole, whole, whole[:2], whole[:2], whole[:2]], "each epoch, and where terms are new"
+    assert torch.equal(run.distiller.student.norm.num_batches_tracked, torch.tensor(0))
+
+
+@pytest.mark.parametrize("fails", [("soft", "label"), None])
+def test_a_step_that_can_no_longer_be_recorded_runs_as_it_is(
+    fails: tuple[str, ...] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where no GPU is, a recording that plays the plain step stands for it."""
+
+    class Recording(Graphs):
+        def __call__(self, images: Tensor, targets: Mapping[str, Tensor], adds: bool) -> Distilled:
+            assert self.live() == recorded[-1], "recorded in the middle of a step"
+            if not adds:
+                run.optimizer.zero_grad()
+            return self.step(images, dict(targets))
+
+    def record(graphs: Graphs, images: Tensor, targets: Mapping[str, Tensor]) -> tuple[Graphs | None, str]:
+        recorded.append(graphs.live())
+        return (None, "runs without CUDA graphs") if graphs.live() == fails else (graphs, "recorded")
+
+    recorded: list[tuple[str, ...]] = []
+    monkeypatch.setattr(passes, "Graphs", Recording)
+    monkeypatch.setattr(passes, "try_graphs", record)
+    plain = training(tmp_path / "plain", "off", 2)
+    plain.run()
+    capsys.readouterr()
+    run = training(tmp_path / "graphs", "graphs", 2)
+    run.run()
+    assert recorded == [("soft", "label", "block", "relation"), ("soft", "label")]
+    assert (run.passes.graphs is None) == (fails is not None)
+    assert ("train: runs without CUDA graphs" in capsys.readouterr().out) == (fails is not None)
+    for name, value in state(run).items():
+        assert torch.equal(value, state(plain)[name]), name
 
 
 def test_a_compiled_run_that_was_stopped_ends_as_one_that_was_not(tmp_path: Path) -> None:
@@ -136,6 +221,6 @@ def test_a_compiled_run_that_was_stopped_ends_as_one_that_was_not(tmp_path: Path
         first.run()
     second = training(tmp_path / "stopped", "default", 2)
     second.run()
-    assert second.mode == "default"
+    assert second.passes.mode == "default"
     for name, value in state(second).items():
         assert torch.equal(value, state(whole)[name]), name

@@ -216,7 +216,7 @@ def test_a_run_in_the_compilers_own_graphs_is_the_compiled_run(case: str, tmp_pa
         run = training(tmp_path / mode, "cuda", log_every=100, compile=mode, **CASES[case])
         run.epochs = 3  # the block term is over after the second
         run.run()
-        assert run.mode == mode
+        assert run.passes.mode == mode
         found[mode] = {name: value.detach().clone() for name, value in run.distiller.state_dict().items()}
     for name, value in found["default"].items():
         torch.testing.assert_close(found["reduce-overhead"][name], value, rtol=1e-3, atol=1e-4, msg=name)

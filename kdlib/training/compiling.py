@@ -66,6 +66,7 @@ def rehearse(
         Exception: whatever ``step`` raises when nothing is compiled.
     """
     started = perf_counter()
+    compile_whole(list(modules.values()), None)  # what was compiled before would fail in the name of the first
     failed = try_each(step, modules, lambda module: compile_whole([module], mode), device)
     if failed:
         with unchanged(list(modules.values()), device):
@@ -75,6 +76,16 @@ def rehearse(
         return None, f"runs without torch.compile, which cannot take it whole ({why})"
     but = f", but for what cannot be taken whole ({why})" if failed else ""
     return mode, f"compiled ({mode}), first step {perf_counter() - started:.0f} s{but}"
+
+
+def runs(step: Callable[[], object], modules: Mapping[str, nn.Module], device: torch.device) -> bool:
+    """Whether what is compiled runs ``step`` too, with other terms on; tried as ``rehearse`` does."""
+    try:
+        with unchanged(list(modules.values()), device):
+            step()
+    except Exception:  # as in try_each; what is not the compiler's fault comes again without it
+        return False
+    return True
 
 
 def try_each(

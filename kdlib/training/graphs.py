@@ -43,16 +43,19 @@ class Graphs:
         Args:
             adds: whether gradients are added to those that are there, as from the second of accumulated batches on.
         """
-        shapes = {name: (value.shape, value.dtype) for name, value in {"": images, **targets}.items()}
-        if (key := (self.live(), tuple(shapes.items()))) != self._key:
+        if self._told(images, targets) != self._key:
             self.record(images, targets)
-            self._key = key
         self._images.copy_(images, non_blocking=True)
         for name, value in targets.items():
             self._targets[name].copy_(value, non_blocking=True)
         graph, out = self._recorded[adds]
         graph.replay()
         return out
+
+    def _told(self, images: Tensor, targets: Mapping[str, Tensor]) -> Hashable:
+        """What a recording is for."""
+        shapes = {name: (value.shape, value.dtype) for name, value in {"": images, **targets}.items()}
+        return self.live(), tuple(shapes.items())
 
     def forget(self) -> None:
         """The gradients that it recorded are gone: the next step is recorded anew."""
@@ -87,11 +90,11 @@ class Graphs:
         for parameter, total in zip(parameters, sums, strict=True):
             if parameter.grad is not None and total is not None:
                 parameter.grad.copy_(total)
-        self._recorded = recorded
+        self._recorded, self._key = recorded, self._told(images, targets)
 
 
 def try_graphs(graphs: Graphs, images: Tensor, targets: Mapping[str, Tensor]) -> tuple[Graphs | None, str]:
-    """The graphs, recorded once, or None where that cannot be; and a line for people."""
+    """The graphs, recorded for what is live, or None where that cannot be; and a line for people."""
     if not images.is_cuda or torch.distributed.is_initialized():
         return None, "runs without CUDA graphs, which need a GPU and one process"
     started = perf_counter()

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,15 +15,15 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from ..data import Data, with_targets
-from ..distiller import Distilled, Distiller
+from ..distiller import Distiller
 from ..progress import bar, say
 from ..signals import Stopped, listen
 from ..teacher import Teacher
 from . import checkpoint, compiling, faults, gradients, sharding
 from .evaluation import evaluate_all, with_best
-from .graphs import Graphs, try_graphs
 from .guard import Guard, NotFinite
 from .journal import GRADIENT, LOSS, Journal
+from .passes import Batch, Passes
 from .ranks import losses_told, on_main
 from .shield import Shield
 from .state import Place, State
@@ -93,8 +91,7 @@ class Training:
         self.guard = Guard(self.on_nonfinite, self.folder, self.title, train, self.accumulate, accelerator)
         self.journal = Journal(self.folder, accelerator, train, self.accumulate, self.guard.look)
         self.shield = Shield(self.distiller, self.optimizer, self.accelerator, on=self.on_nonfinite == "skip")
-        self.mode = compiling.resolve(self.compile, accelerator.device)
-        room = compiling.with_room(self.mode, graphs=len(self.distiller.terms))
+        room = compiling.with_room(compiling.resolve(self.compile, accelerator.device), len(self.distiller.terms))
         with losses_told(), listen() as self.asked, room:
             self._begin()
             done = self.at.epoch * self.batches + self.at.batch
@@ -116,6 +113,16 @@ class Training:
         if self.sharded:
             sharding.shard(self.accelerator, self.distiller, self.optimizer, self.ema)
         self.engine, self.prepared = self.accelerator.prepare(self.distiller, self.optimizer)
+        self.passes = Passes(
+            self.engine,
+            self.distiller,
+            self.teacher,
+            self.accelerator,
+            compiling.resolve(self.compile, self.accelerator.device),
+            self.compile_teacher,
+            self.channels_last,
+            self.accumulate,
+        )
         place = self.state.load()
         if place is not None and place.step:
             after = f"after epoch {place.epoch} of {self.epochs}" + (f", batch {place.batch}" if place.batch else "")
@@ -123,40 +130,15 @@ class Training:
         self.at = place or Place()
         if place is None:
             self.state.save(self.at)  # a disk that cannot hold it says so now, and there is a point to go back to
-        self.graphs: Graphs | None = None
         self._set_out()
-        if self.mode is not None and self.sharded:
-            self.mode = None
-            say(f"{self.title}: runs without torch.compile, whose whole graph FSDP2 cuts", self.main)
-        if self.mode is not None and self.at.epoch < self.epochs:
-            self._compile()
 
     def _set_out(self) -> None:
         """What follows from where the run is."""
         self.accelerator.gradient_accumulation_steps, self.accelerator.step = self.accumulate, 0
         self.optimizer.zero_grad()
-        if self.graphs is not None:
-            self.graphs.forget()
+        self.passes.forget()
         self.scheduler.step_update(self.at.step)
         self.journal.start(self.at, self.trackers, self.config)
-
-    def _compile(self) -> None:
-        """Compiles for the terms of this epoch, trying it on its first batch."""
-        assert self.mode is not None
-        self._set_epoch()
-        images, targets = next(self._batches(0))
-        modules: dict[str, nn.Module] = {} if self.teacher is None else {"teacher": self.teacher}
-        modules["student"] = self.distiller
-        chosen = {name: module for name, module in modules.items() if self.compile_teacher or name == "student"}
-        recorded, mode = self.mode in compiling.RECORDED, compiling.RECORDED.get(self.mode, self.mode)
-        if mode is not None:
-            backward = partial(self._backward, images, targets)
-            self.mode, line = compiling.rehearse(backward, chosen, mode, images.device)
-            say(f"{self.title}: {line}", self.main)
-        if recorded:
-            graphs = Graphs(self._backward, list(modules.values()), self.distiller.live, self.accumulate)
-            self.graphs, line = try_graphs(graphs, images, targets)
-            say(f"{self.title}: {line}", self.main)
 
     def _ended(self) -> bool:
         return self.at.epoch >= self.epochs or 0 < self.patience <= self.at.stale
@@ -166,6 +148,8 @@ class Training:
     def _epoch(self) -> None:
         """What is left of an epoch's batches. Numbers stay on the device until a line or a checkpoint wants them."""
         self._set_epoch()
+        for line in self.passes.try_out(lambda: next(self._batches(0))):
+            say(f"{self.title}: {line}", self.main)
         at, left = self.at, islice(self._batches(self.at.batch), self.batches - self.at.batch)
         for images, targets in self.journal.timed(at, left):
             faults.reach("batch")
@@ -190,7 +174,7 @@ class Training:
             self.teacher.set_epoch(self.at.epoch, self.epochs)
         self.engine.train()
 
-    def _batches(self, start: int) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    def _batches(self, start: int) -> Iterator[Batch]:
         reads = [key for term in self.distiller.terms for key in term.targets]
         return with_targets(self.data.train, reads, self.at.epoch, start)
 
@@ -199,7 +183,7 @@ class Training:
         place = (self.at.epoch, self.at.batch - self.at.batch % self.accumulate)
         left_out = list(place) in self.at.skipped
         if place == self.guard.suspect and not left_out:
-            batch = self._asked(images, targets)
+            batch = self.passes.with_teacher(images, targets)
             norms = gradients.mean_by_term(self.accelerator, self.distiller, *batch, self.distiller)
             self.guard.accuse(self.at.epoch, self.at.batch, norms)
         with self.accelerator.accumulate(self.engine):
@@ -207,36 +191,17 @@ class Training:
                 return  # it counts as a step, and nothing is learned from it
             if begins:
                 self.shield.remember()
-            out = self._backward(images, targets) if self.graphs is None else self.graphs(images, targets, not begins)
-            if self.mode == "reduce-overhead" and not self.accelerator.sync_gradients:
-                compiling.keep_gradients(self.distiller)
+            out = self.passes(images, targets, adds=not begins)
             faults.reach("backward")
             gradient = gradients.norm(self.accelerator, self.distiller, self.clip_grad)
             self.shield.see(self.journal.add(self.at, {LOSS: out.loss, GRADIENT: gradient, **out.terms}))
             if self.accelerator.sync_gradients:
                 self.shield.disarm()
             self.prepared.step()
-            if self.graphs is None:  # theirs live in recorded memory
+            if self.passes.graphs is None:  # theirs live in recorded memory
                 self.prepared.zero_grad()
             if self.accelerator.sync_gradients:
                 self.shield.settle()
-
-    def _backward(self, images: Tensor, targets: dict[str, Tensor]) -> Distilled:
-        compiling.begin_step(self.mode)
-        given = self._asked(images, targets)
-        with self.accelerator.autocast() if self.sharded else nullcontext():  # which accelerate wraps around DDP
-            out: Distilled = self.engine(*given)
-        self.accelerator.backward(out.loss)
-        return out
-
-    def _asked(self, images: Tensor, targets: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The batch, with what the teacher says of it."""
-        if self.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
-        if self.teacher is not None:
-            with self.accelerator.autocast():
-                targets = targets | self.teacher(images)
-        return images, targets
 
     # between steps
 
@@ -244,7 +209,7 @@ class Training:
         """A line within an epoch."""
         line = self.journal.line(self.at, self.optimizer)
         if self.log_gradients:
-            batch, student = self._asked(images, targets), self.distiller.student
+            batch, student = self.passes.with_teacher(images, targets), self.distiller.student
             norms = gradients.mean_by_term(self.accelerator, self.distiller, *batch, student)
             line["gradient_shares"] = {name: norm / (sum(norms.values()) or 1.0) for name, norm in norms.items()}
         self.bar.say(f"loss {line['loss'] or 0:.4f}")
