@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from math import nan
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
@@ -23,7 +24,7 @@ from kdlib.data import Data
 from kdlib.losses import CrossEntropy, SoftTarget
 from kdlib.results import curves
 from kdlib.training import tracking
-from kdlib.training.evaluation import evaluate
+from kdlib.training.evaluation import evaluate, with_best
 from kdlib.training.train import Training
 
 
@@ -174,6 +175,29 @@ def test_the_best_student_is_kept_beside_the_last(
     assert run.run() == {"top1": 50.0, "top5": 0.0, "test_loss": 0.0, "best_top1": 50.0, "best_epoch": 2}
     best = load_file(tmp_path / "student_best.safetensors")
     assert all(torch.equal(best[name], tensor) for name, tensor in kept[1].items())
+
+
+@pytest.mark.parametrize("metric", ["top1", "test_loss"])
+def test_what_is_not_a_number_is_never_the_best(
+    metric: str, tmp_path: Path, student: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = [nan, nan, 3.0, nan]
+    left = iter(scores)
+    kept = []
+
+    def score(model: nn.Module, *_: object) -> dict[str, float]:
+        kept.append((tmp_path / "student_best.safetensors").exists())
+        return {"top1": 0.0, "top5": 0.0, "test_loss": 0.0, metric: next(left)}
+
+    monkeypatch.setattr("kdlib.training.evaluation.evaluate", score)
+    run = training(tmp_path, student, metric=metric)
+    run.epochs = 4
+    result = run.run()
+    assert (result[f"best_{metric}"], result["best_epoch"]) == (3.0, 3)
+    assert kept == [False, False, False, True] and run.at.stale == 1
+    assert ["best_epoch" in line for line in lines(tmp_path)] == [False, False, True, True]
+    # what a checkpoint of a release before may hold
+    assert with_best({metric: 3.0}, {f"best_{metric}": nan, "best_epoch": 1}, metric, 2)[1]
 
 
 def test_a_run_ends_early_where_nothing_gets_better(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -51,9 +52,12 @@ def evaluate_all(
 def with_best(
     found: dict[str, float], before: dict[str, float], metric: str, epoch: int
 ) -> tuple[dict[str, float], bool]:
-    """``found`` with the best ``metric`` so far and its epoch, and whether that is now. Of a loss, less is better."""
+    """``found`` with the best ``metric`` so far and its epoch, and whether that is now.
+
+    Of a loss, less is better. NaN is never the best: where nothing else was found yet, there is none.
+    """
     best = f"best_{metric}"
-    sign = -1 if metric.endswith("loss") else 1
-    if best not in before or sign * found[metric] > sign * before[best]:
-        return {**found, best: found[metric], "best_epoch": epoch}, True
-    return {**found, best: before[best], "best_epoch": before["best_epoch"]}, False
+    sign, now, old = -1 if metric.endswith("loss") else 1, found[metric], before.get(best, math.nan)
+    if not math.isnan(now) and (math.isnan(old) or sign * now > sign * old):
+        return {**found, best: now, "best_epoch": epoch}, True
+    return {**found, **({} if math.isnan(old) else {best: old, "best_epoch": before["best_epoch"]})}, False
