@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from math import nan
 from pathlib import Path
 from types import SimpleNamespace
@@ -175,6 +176,37 @@ def test_the_best_student_is_kept_beside_the_last(
     assert run.run() == {"top1": 50.0, "top5": 0.0, "test_loss": 0.0, "best_top1": 50.0, "best_epoch": 2}
     best = load_file(tmp_path / "student_best.safetensors")
     assert all(torch.equal(best[name], tensor) for name, tensor in kept[1].items())
+
+
+def test_the_best_student_and_what_is_told_of_it_agree_after_a_rollback(
+    tmp_path: Path, student: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Checkpoints are seldom, and where a device adds in no fixed order the epochs come out otherwise the next time."""
+
+    class Spoilt(Batches):
+        def __init__(self) -> None:
+            super().__init__()
+            self.batches.rows = lambda epoch, rank: [torch.arange(4)] * 6
+
+        def epoch(self, epoch: int = 0, start: int = 0):
+            for number, (images, labels) in enumerate(self.given[start:], start):
+                yield images * (nan if (epoch, number) == (2, 3) else 1.0), labels
+
+    scores = iter([30.0, 50.0, 20.0, 10.0, 20.0])
+    seen = []
+
+    def score(model: nn.Module, *_: object) -> dict[str, float]:
+        seen.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        return {"top1": next(scores), "top5": 0.0, "test_loss": 0.0}
+
+    monkeypatch.setattr("kdlib.training.evaluation.evaluate", score)
+    run = training(tmp_path, student, save_every=100, on_nonfinite="rollback")
+    run.data, run.epochs = replace(run.data, train=Spoilt()), 4
+    result = run.run()
+    assert run.at.skipped == [[2, 3]]
+    assert (result["best_top1"], result["best_epoch"], len(seen)) == (50.0, 2, 4)
+    best = load_file(tmp_path / "student_best.safetensors")
+    assert all(torch.equal(best[name], tensor) for name, tensor in seen[1].items())
 
 
 @pytest.mark.parametrize("metric", ["top1", "test_loss"])

@@ -225,24 +225,25 @@ class Training:
 
     def _conclude(self) -> None:
         """The end of an epoch."""
-        at, line = self.at, self.journal.line(self.at, self.optimizer)
+        at, line, better = self.at, self.journal.line(self.at, self.optimizer), False
         if (at.epoch + 1) % self.eval_every == 0 or at.epoch + 1 == self.epochs:
-            self._evaluate()
+            better = self._evaluate()
             line |= at.result
             self.bar.say(f"top-1 {at.result['top1']:.2f} %")
         self.journal.tick(at)
         self.journal.write(at, {**line, "weights": self.distiller.weights_in_force(), "seconds": at.seconds})
         at.begin_epoch(at.epoch + 1)
         seldom = self.save_every > self.batches // self.accumulate
-        if due := not seldom or at.step % self.save_every == 0 or self._ended():
+        kept = better and self.on_nonfinite == "rollback"  # or a run that goes back would not know whose weights it has
+        if due := not seldom or kept or at.step % self.save_every == 0 or self._ended():
             self.state.save(at)
         if asked := self.asked.agreed():
             if not due:
                 self.state.save(at)
             raise Stopped(asked, saved=True)
 
-    def _evaluate(self) -> None:
-        """Measures the student and its average; keeps the weights of the best evaluation."""
+    def _evaluate(self) -> bool:
+        """Measures the student and its average; keeps the weights of the best evaluation, and says if this is it."""
         faults.reach("evaluate")
         student, average = self.distiller.student, {} if self.ema is None else {"ema_": self.ema.module}
         models: dict[str, nn.Module] = {"": sharding.Answers(self.distiller) if self.sharded else student, **average}
@@ -254,6 +255,7 @@ class Training:
             weights = sharding.whole(best.state_dict(), keep=self.main)
             on_main(self.accelerator, lambda: checkpoint.save_weights(weights, self.folder / BEST))
             faults.reach("best")
+        return better
 
     # numbers that go wrong
 
