@@ -34,3 +34,9 @@ def engine(ready: Ready, device: torch.device, last: bool) -> tuple[Distiller, T
         panel, terms, prepare=ready.prepare, dtype=half, autocast=recipe.teacher_autocast, channels_last=last
     )
     return distiller, teacher.to(device)
+
+
+def let_go(distiller: Distiller, teacher: Teacher | None) -> None:
+    """Takes the taps off student and teachers: whoever gets them afterwards gets them without."""
+    for taps in (distiller.taps, *({} if teacher is None else teacher.taps).values()):
+        taps.remove()

@@ -14,7 +14,7 @@ from accelerate.utils import set_seed
 from timm.utils import ModelEmaV3
 
 from .data import Data
-from .engine import engine, settle
+from .engine import engine, let_go, settle
 from .progress import say
 from .ready import Ready, get_ready
 from .recipe import Recipe, build, weights
@@ -153,7 +153,7 @@ def _train(ready: Ready, accelerator: Accelerator) -> tuple[dict[str, float], to
     try:
         result = training.run()
     finally:
-        distiller.taps.remove()
+        let_go(distiller, teacher)
     average = None if ema is None else ema.module
     if untouched is not None:
         average = average and sharding.fill(deepcopy(untouched), average).to(accelerator.device)

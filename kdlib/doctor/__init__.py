@@ -13,7 +13,7 @@ from .. import runs
 from ..config import ConfigError
 from ..data import with_targets
 from ..distiller import Distiller
-from ..engine import engine, settle
+from ..engine import engine, let_go, settle
 from ..plan import Plan
 from ..recipe import Recipe
 from ..recipe.weights import Convert, inherit
@@ -76,11 +76,13 @@ def doctor(
     set_seed(recipe.seed)
     device = accelerator.device
     distiller, teacher = engine(ready, device, settle(ready, accelerator))
-    given = list(_batches(ready, distiller, batches))
-    weighed = weigh(distiller, teacher, given, accelerator)
-    compiled = None if backend is None else try_compile(distiller, teacher, given[0], accelerator, backend)
-    cost = estimate(ready, distiller, teacher, accelerator, batches)
-    distiller.taps.remove()
+    try:
+        given = list(_batches(ready, distiller, batches))
+        weighed = weigh(distiller, teacher, given, accelerator)
+        compiled = None if backend is None else try_compile(distiller, teacher, given[0], accelerator, backend)
+        cost = estimate(ready, distiller, teacher, accelerator, batches)
+    finally:
+        let_go(distiller, teacher)
     warnings = [*taken, *_warnings(teachers, weighed)]
     if compiled is not None and compiled.error and resolve(recipe.compile.mode, device) is not None:
         warnings.append(

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 
 from ..data import with_targets
 from ..distiller import Distiller
-from ..engine import engine, settle
+from ..engine import engine, let_go, settle
 from ..ready import Ready
 from ..recipe import build
 from ..teacher import Teacher
@@ -101,7 +101,7 @@ def _of_child(ready: Ready, accelerator: Accelerator, steps: int) -> Cost:
     try:
         return estimate(ready, distiller, teacher, accelerator, steps)
     finally:
-        distiller.taps.remove()
+        let_go(distiller, teacher)
 
 
 def _time_steps(
