@@ -298,6 +298,52 @@ def test_trackers_are_told_flat_numbers_and_go_on_where_the_run_does(
     assert told[0] == ("tensorboard", str(tmp_path), {"purge_step": 13}) and [t[0] for t in told[1:-1]] == [18]
 
 
+@pytest.mark.parametrize("where", ["_set_out", "_epoch"])
+def test_a_run_that_fails_leaves_no_tracker_open_and_nothing_with_the_accelerator(
+    where: str, tmp_path: Path, student: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "tensorboard", Recorder)
+    monkeypatch.setattr(Recorder, "told", told := [])
+    run = training(tmp_path, student, trackers=["tensorboard"])
+    plain = getattr(run, where)
+
+    def fails() -> None:
+        plain()
+        assert run.accelerator._models and "end" not in told
+        raise ArithmeticError("out of numbers")
+
+    monkeypatch.setattr(run, where, fails)
+    with pytest.raises(ArithmeticError):
+        run.run()
+    assert told[-1] == "end" and not run.accelerator._models and not run.accelerator._optimizers
+
+
+def test_each_run_of_a_process_begins_with_the_loss_scale_of_the_first(tmp_path: Path) -> None:
+    accelerator = Accelerator(cpu=True)
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=4)
+    scales: list[list[float]] = []
+    for number in range(2):
+        run = training(tmp_path / str(number), randomise(Tiny(), 1), log_every=1)
+        run.accelerator = accelerator
+        tell, mine = run._tell, []
+
+        def told(*batch: object, tell=tell, mine=mine) -> None:
+            mine.append(accelerator.scaler.get_scale())
+            tell(*batch)
+
+        run._tell = told
+        run.run()
+        scales.append(mine)
+    assert scales[0] == scales[1] == [8.0] * 3 + [16.0] * 4 + [32.0] * 4 + [64.0]
+    tree = json.loads((tmp_path / "1" / "checkpoints" / "step-00000012" / "state.json").read_text())
+    assert tree["scaler"]["scale"] == 64.0
+    again = training(tmp_path / "1", randomise(Tiny(), 1))
+    again.accelerator, again.epochs = accelerator, 3
+    again._conclude, conclude = lambda: mine.append(accelerator.scaler.get_scale()) or conclude(), again._conclude
+    again.run()
+    assert mine[-1] == 128.0, "a run that goes on goes on with its own"
+
+
 def test_a_tracker_that_is_not_installed_is_told() -> None:
     with pytest.raises(ValueError, match=r"^wandb is not installed; pip install wandb, or leave it out$"):
         tracking.choose(["wandb"])

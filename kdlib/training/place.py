@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -60,6 +62,22 @@ def start(recipe: Recipe) -> Accelerator:
     if recipe.threads or (accelerator.device.type == "cpu" and world == 1):
         torch.set_num_threads(recipe.threads or cores())  # accelerate launch leaves one thread on a CPU
     return accelerator
+
+
+@contextmanager
+def left_as_found(accelerator: Accelerator) -> Iterator[None]:
+    """Afterwards the accelerator holds nothing of a run, and the loss scale of fp16 is as before.
+
+    A run begins alike whether others were made in this process before or not.
+    """
+    scaler = accelerator.scaler
+    scale = None if scaler is None else scaler.state_dict()
+    try:
+        yield
+    finally:
+        accelerator.free_memory()
+        if scale is not None:
+            scaler.load_state_dict(scale)
 
 
 def channels_last(asked: bool | Literal["auto"], student: torch.nn.Module, accelerator: Accelerator) -> bool:

@@ -24,6 +24,7 @@ from .evaluation import evaluate_all, with_best
 from .guard import Guard, NotFinite
 from .journal import GRADIENT, LOSS, Journal
 from .passes import Batch, Passes
+from .place import left_as_found
 from .ranks import losses_told, on_main
 from .shield import Shield
 from .state import Place, State
@@ -92,10 +93,10 @@ class Training:
         self.journal = Journal(self.folder, accelerator, train, self.accumulate, self.guard.look)
         self.shield = Shield(self.distiller, self.optimizer, self.accelerator, on=self.on_nonfinite == "skip")
         room = compiling.with_room(compiling.resolve(self.compile, accelerator.device), len(self.distiller.terms))
-        with losses_told(), listen() as self.asked, room:
-            self._begin()
-            done = self.at.epoch * self.batches + self.at.batch
+        with losses_told(), listen() as self.asked, room, left_as_found(self.accelerator):
             try:
+                self._begin()
+                done = self.at.epoch * self.batches + self.at.batch
                 with bar(self.title, self.epochs * self.batches, done, self.main) as self.bar:
                     while not self._ended():
                         try:
@@ -105,7 +106,6 @@ class Training:
                             self._answer(bad)
             finally:
                 self.journal.close()
-        self.accelerator.free_memory()
         return self.at.result
 
     def _begin(self) -> None:
