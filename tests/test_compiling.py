@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+import torch._dynamo.config as dynamo
+import torch._functorch.config as functorch
 from conftest import Tiny, randomise
 from torch import Tensor, nn
 
@@ -127,6 +129,26 @@ def test_the_rehearsal_leaves_no_trace(images: Tensor, breaks: bool, quick: None
     assert all(parameter.grad is None for parameter in distiller.parameters())
 
 
+def test_the_compiler_is_left_as_it_was() -> None:
+    def now() -> dict[str, object]:
+        return {name: getattr(functorch, name) for name in compiling.BACKWARD}
+
+    def fails() -> None:
+        with compiling.set_up("default", 5):
+            assert now() == compiling.BACKWARD
+            assert dynamo.cache_size_limit == limit + 5
+            compiling.compile_whole([], "default")
+            raise ArithmeticError
+
+    limit, usual = dynamo.cache_size_limit, dict.fromkeys(compiling.BACKWARD, "same_as_forward")
+    with functorch.patch(usual):
+        with pytest.raises(ArithmeticError):
+            fails()
+        assert now() == usual and dynamo.cache_size_limit == limit
+        with compiling.set_up("graphs", 5):
+            assert now() == usual
+
+
 @pytest.mark.slow
 def test_a_compiled_step_is_the_plain_one(images: Tensor) -> None:
     gradients = []
@@ -155,12 +177,12 @@ def test_losses_keep_their_precision_backward_beside_autocast(images: Tensor) ->
         student.drop.p = 0.0
         terms = [kd.Term("relation", GramRelation(), pairs=kd.pair(student, model, "stages.*.blocks.-1"))]
         distiller = kd.Distiller(student, terms)
-        compiling.compile_whole([], "default")  # as a run that is compiled does
         if mode is not None:
             distiller.compile(fullgraph=True, backend=mode)
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = distiller(images, kd.Teacher(model, terms)(images)).loss
-        loss.backward()
+        with compiling.set_up("default", 1):  # as in a run that is compiled
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = distiller(images, kd.Teacher(model, terms)(images)).loss
+            loss.backward()
         found.append([torch.zeros_like(p) if p.grad is None else p.grad for p in distiller.parameters()])
     assert any(plain.abs().max() > 0 for plain in found[0])
     for plain, compiled in zip(*found, strict=True):

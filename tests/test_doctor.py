@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._functorch.config as functorch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from conftest import Tiny, randomise
@@ -22,6 +23,7 @@ from kdlib.doctor.cost import Cost, Phase
 from kdlib.doctor.graph import try_compile
 from kdlib.launch import read_config
 from kdlib.recipe import load
+from kdlib.training.compiling import BACKWARD
 
 
 def parts(student: nn.Module, teacher: nn.Module, mixer: float = 0.5) -> tuple[kd.Distiller, kd.Teacher]:
@@ -105,6 +107,21 @@ def test_a_step_that_does_not_compile_says_why_and_runs_on(batch) -> None:
     assert distiller(batch[0], ask(batch[0]) | batch[1]).loss.isfinite()
     distiller, ask = parts(randomise(Tiny()), randomise(Tiny(), 2))
     assert try_compile(distiller, ask, batch, Accelerator(), "eager").error == ""
+
+
+def test_it_is_compiled_as_a_run_compiles(batch) -> None:
+    """Backward passes as they run when nothing is compiled, which is the compiler's choice of its own otherwise."""
+
+    def backend(graph, inputs):
+        seen.append({name: getattr(functorch, name) for name in BACKWARD})
+        return graph.forward
+
+    seen: list[dict[str, object]] = []
+    usual = dict.fromkeys(BACKWARD, "same_as_forward")
+    with functorch.patch(usual):
+        distiller, ask = parts(randomise(Tiny()), randomise(Tiny(), 2))
+        assert try_compile(distiller, ask, batch, Accelerator(), backend).error == ""
+        assert seen == [BACKWARD, BACKWARD] and {name: getattr(functorch, name) for name in BACKWARD} == usual
 
 
 def test_time_is_counted_up() -> None:

@@ -6,13 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from time import perf_counter
 
-import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ..distiller import Distiller
 from ..teacher import Teacher
-from ..training.compiling import compile_whole, try_each
+from ..training.compiling import compile_whole, set_up, try_each
 
 
 @dataclass(frozen=True)
@@ -49,9 +48,9 @@ def try_compile(
     def compile_one(module: nn.Module) -> None:
         module.compile(fullgraph=True, dynamic=False, backend=backend)
 
-    began = perf_counter()
-    failed = try_each(step, modules, compile_one, accelerator.device)
-    seconds = perf_counter() - began
+    with set_up("default", len(distiller.terms)):
+        began = perf_counter()
+        failed = try_each(step, modules, compile_one, accelerator.device)
+        seconds = perf_counter() - began
     compile_whole(list(modules.values()), None)
-    torch.compiler.reset()
     return Compiled(backend, seconds, "; ".join(f"{name}: {why}" for name, why in failed.items()))

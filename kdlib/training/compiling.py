@@ -18,6 +18,10 @@ MODES = ("auto", "off", "default", "reduce-overhead", "max-autotune-no-cudagraph
 RECORDED = {"graphs": None, "compiled-graphs": "default"}
 """Modes of which a step is recorded as one CUDA graph, and how it is compiled before."""
 
+BACKWARD = {"backward_pass_autocast": "off"} if hasattr(functorch, "backward_pass_autocast") else {}
+"""Backward passes without autocast, as they run when nothing is compiled: by default torch compiles them under that of
+the forward pass, and the float32 inside of losses would go backward in half precision. Older releases have none."""
+
 
 def resolve(mode: str, device: torch.device) -> str | None:
     """What ``compile.mode`` means on ``device``: a mode of ``torch.compile``, or None for not at all.
@@ -33,12 +37,11 @@ def resolve(mode: str, device: torch.device) -> str | None:
 def compile_whole(modules: Sequence[nn.Module], mode: str | None) -> None:
     """Compiles each module in place as one graph (``fullgraph``), or with mode None takes compilation off again.
 
-    Call it when all taps are set: a compiled module does not see hooks that come later. Backward passes are from now on
-    compiled without autocast, as they run when nothing is compiled; by default torch compiles them under the autocast
-    of the forward pass, and the float32 inside of losses would go backward in half precision.
+    Call it when all taps are set: a compiled module does not see hooks that come later. Backward passes are compiled as
+    ``BACKWARD`` says, from now on or until ``set_up`` ends.
     """
-    if mode is not None and hasattr(functorch, "backward_pass_autocast"):  # older releases have no such choice
-        functorch.backward_pass_autocast = "off"
+    if mode is not None and BACKWARD:
+        functorch.backward_pass_autocast = BACKWARD["backward_pass_autocast"]
     for module in modules:
         if mode is None:
             module._compiled_call_impl = None
@@ -112,10 +115,11 @@ def try_each(
 
 
 @contextmanager
-def with_room(mode: str | None, graphs: int) -> Iterator[None]:
-    """Lets a function be compiled ``graphs`` times more than torch allows, and forgets afterwards what was compiled.
+def set_up(mode: str | None, graphs: int) -> Iterator[None]:
+    """Sets the compiler up for a run, and leaves it afterwards as it was, with nothing compiled.
 
-    All distillers of a process share one ``forward``, of which torch keeps eight graphs; the ninth ends the run. A run
+    A function may be compiled ``graphs`` times more than torch allows, and backward passes are as ``BACKWARD``. All
+    distillers of a process share one ``forward``, of which torch keeps eight graphs; the ninth ends the run. A run
     needs one for each set of terms that are on, and teachers, baseline and student train in one process.
     """
     if mode is None or RECORDED.get(mode, mode) is None:
@@ -124,7 +128,8 @@ def with_room(mode: str | None, graphs: int) -> Iterator[None]:
     from torch._dynamo import config  # heavy, and only what compiles needs it
 
     try:
-        with config.patch(cache_size_limit=config.cache_size_limit + graphs):
+        more = config.patch(cache_size_limit=config.cache_size_limit + graphs)
+        with more, functorch.patch(BACKWARD):
             yield
     finally:
         torch.compiler.reset()

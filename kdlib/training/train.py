@@ -92,8 +92,8 @@ class Training:
         self.guard = Guard(self.on_nonfinite, self.folder, self.title, train, self.accumulate, accelerator)
         self.journal = Journal(self.folder, accelerator, train, self.accumulate, self.guard.look)
         self.shield = Shield(self.distiller, self.optimizer, self.accelerator, on=self.on_nonfinite == "skip")
-        room = compiling.with_room(compiling.resolve(self.compile, accelerator.device), len(self.distiller.terms))
-        with losses_told(), listen() as self.asked, room, left_as_found(self.accelerator):
+        compiler = compiling.set_up(compiling.resolve(self.compile, accelerator.device), len(self.distiller.terms))
+        with losses_told(), listen() as self.asked, compiler, left_as_found(self.accelerator):
             try:
                 self._begin()
                 done = self.at.epoch * self.batches + self.at.batch

@@ -24,7 +24,6 @@ def train(recipe: Recipe) -> dict[str, float]:
     """One run in a worker process; leaves the device to the next."""
     progress.console.quiet = True
     result = runs.run(recipe, convert=convert).result
-    torch.compiler.reset()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
