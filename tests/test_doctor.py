@@ -20,7 +20,7 @@ from kdlib import cli
 from kdlib.doctor import Diagnosis, Examined, _warnings, as_assignments, doctor
 from kdlib.doctor.balance import weigh
 from kdlib.doctor.cost import Cost, Phase
-from kdlib.doctor.graph import try_compile
+from kdlib.doctor.graph import Compiled, try_compile
 from kdlib.launch import read_config
 from kdlib.recipe import load
 from kdlib.training.compiling import BACKWARD
@@ -105,8 +105,9 @@ def test_a_step_that_does_not_compile_says_why_and_runs_on(batch) -> None:
     found = try_compile(distiller, ask, batch, Accelerator(), "eager")
     assert found.error and found.seconds > 0 and "\n" not in found.error
     assert distiller(batch[0], ask(batch[0]) | batch[1]).loss.isfinite()
-    distiller, ask = parts(randomise(Tiny()), randomise(Tiny(), 2))
-    assert try_compile(distiller, ask, batch, Accelerator(), "eager").error == ""
+    distiller, ask = parts(randomise(Tiny()), randomise(Asks(), 2))
+    assert try_compile(distiller, ask, batch, Accelerator(), "eager").error.startswith("teacher: ")
+    assert try_compile(distiller, ask, batch, Accelerator(), "eager", compile_teacher=False).error == ""
 
 
 def test_it_is_compiled_as_a_run_compiles(batch) -> None:
@@ -184,6 +185,30 @@ def test_the_schedule_is_timed_phase_by_phase(found: Diagnosis) -> None:
     assert all(phase.step > 0 for phase in found.cost.phases) and found.cost.steps == 4
     assert [child.title for child in found.cost.children] == ["baseline"], "teachers are finished and take nothing"
     assert found.cost.memory > 2**26 and found.cost.evaluations == 3  # eval_every is 2
+
+
+@pytest.mark.parametrize(("mode", "warned"), [("graphs", False), ("compiled-graphs", True)])
+def test_what_a_run_neither_compiles_nor_steps_is_not_told(
+    mode: str, warned: bool, small_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compiles(*given: object) -> Compiled:
+        assert given[-1] is False, "the teacher is left out"
+        return Compiled("eager", 1.0, "student: it looks at a value")
+
+    monkeypatch.setattr("kdlib.doctor.try_compile", compiles)
+    changes = [f"output={small_run.parent / 'another'}", f"compile={{mode: {mode}, teacher: false}}", "accumulate=2"]
+    found = doctor(load(read_config([str(small_run / "config.yaml"), *changes])), batches=1)
+    assert any("not all compiles whole" in line for line in found.warnings) == warned
+    assert found.cost.steps == 2, "of two batches each"
+
+
+def test_a_step_takes_as_long_as_its_batches(
+    found: Diagnosis, small_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kdlib.doctor.cost._time_batches", lambda *_: 0.5)
+    changes = [f"output={small_run.parent / 'another'}", "accumulate=3", "baseline=null"]
+    cost = doctor(load(read_config([str(small_run / "config.yaml"), *changes])), batches=1, backend=None).cost
+    assert [phase.step for phase in cost.phases] == [1.5] and cost.steps == 1 and cost.seconds > 1.5
 
 
 def test_the_command_tells_all_of_it_and_writes_nothing(

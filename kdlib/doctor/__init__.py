@@ -18,7 +18,7 @@ from ..plan import Plan
 from ..recipe import Recipe
 from ..recipe.weights import Convert, inherit
 from ..training import runfolder
-from ..training.compiling import resolve
+from ..training.compiling import RECORDED, resolve
 from .balance import Weighed, weigh
 from .cost import Cost, estimate
 from .graph import Compiled, try_compile
@@ -79,12 +79,14 @@ def doctor(
     try:
         given = list(_batches(ready, distiller, batches))
         weighed = weigh(distiller, teacher, given, accelerator)
-        compiled = None if backend is None else try_compile(distiller, teacher, given[0], accelerator, backend)
+        also = recipe.compile.teacher
+        compiled = None if backend is None else try_compile(distiller, teacher, given[0], accelerator, backend, also)
         cost = estimate(ready, distiller, teacher, accelerator, batches)
     finally:
         let_go(distiller, teacher)
     warnings = [*taken, *_warnings(teachers, weighed)]
-    if compiled is not None and compiled.error and resolve(recipe.compile.mode, device) is not None:
+    mode = resolve(recipe.compile.mode, device)
+    if compiled is not None and compiled.error and RECORDED.get(mode or "", mode) is not None:
         warnings.append(
             f"compile.mode is {recipe.compile.mode}, but not all compiles whole; what does not will run as it is"
         )

@@ -29,7 +29,7 @@ class Phase:
     last: int
     terms: tuple[str, ...]
     step: float
-    """Seconds of one, the batch included; median."""
+    """Seconds of one, all its batches included, from the median of a batch."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Cost:
     title: str
     phases: list[Phase]
     steps: int
-    """An epoch."""
+    """An epoch; each of as many batches as are accumulated."""
     evaluation: float
     """Seconds of one."""
     evaluations: int
@@ -80,14 +80,14 @@ def estimate(ready: Ready, distiller: Distiller, teacher: Teacher | None, accele
         distiller.set_epoch(epochs[0], recipe.epochs)
         if teacher is not None:
             teacher.set_epoch(epochs[0], recipe.epochs)
-        seconds = _time_steps(ready, distiller, teacher, accelerator, optimizer, steps)
-        phases.append(Phase(epochs[0] + 1, epochs[-1] + 1, terms, seconds))
+        seconds = _time_batches(ready, distiller, teacher, accelerator, optimizer, steps)
+        phases.append(Phase(epochs[0] + 1, epochs[-1] + 1, terms, seconds * recipe.accumulate))
     evaluations = len({*range(recipe.eval_every, recipe.epochs + 1, recipe.eval_every), recipe.epochs})
     children = [*ready.teachers.values(), *([ready.baseline] if ready.baseline is not None else [])]
     return Cost(
         ready.title,
         phases,
-        len(data.train),
+        len(data.train) // recipe.accumulate,
         _time_evaluation(ready, accelerator),
         evaluations,
         _memory(accelerator.device),
@@ -104,7 +104,7 @@ def _of_child(ready: Ready, accelerator: Accelerator, steps: int) -> Cost:
         let_go(distiller, teacher)
 
 
-def _time_steps(
+def _time_batches(
     ready: Ready,
     distiller: Distiller,
     teacher: Teacher | None,
@@ -112,7 +112,7 @@ def _time_steps(
     optimizer: torch.optim.Optimizer,
     count: int,
 ) -> float:
-    """Median seconds of ``count`` training steps, after one to warm up."""
+    """Median seconds of ``count`` batches, each a training step, after one to warm up."""
     reads = [key for term in distiller.terms for key in term.targets]
     taken: list[float] = []
     distiller.train()

@@ -31,12 +31,16 @@ def try_compile(
     batch: tuple[Tensor, Mapping[str, Tensor]],
     accelerator: Accelerator,
     backend: str,
+    compile_teacher: bool = True,
 ) -> Compiled:
     """Compiles teacher and distiller, each as one graph, runs a step forward and backward, and takes it off again.
 
-    ``aot_eager`` proves that both are one graph, forward and backward, in seconds; ``inductor`` makes the kernels too.
+    ``aot_eager`` proves that each is one graph, forward and backward, in seconds; ``inductor`` makes the kernels too.
+
+    Args:
+        compile_teacher: or it runs as it is.
     """
-    modules: dict[str, nn.Module] = {} if teacher is None else {"teacher": teacher}
+    modules: dict[str, nn.Module] = {} if teacher is None or not compile_teacher else {"teacher": teacher}
     modules["student"] = distiller
     images, given = batch
 
