@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -72,13 +74,23 @@ def rehearse(
     compile_whole(list(modules.values()), None)  # what was compiled before would fail in the name of the first
     failed = try_each(step, modules, lambda module: compile_whole([module], mode), device)
     if failed:
-        with unchanged(list(modules.values()), device):
+        with unchanged(list(modules.values()), device), _as_they_are(modules.values()):
             step()  # what it raises is not the compiler's fault
     why = "; ".join(f"{name}: {reason}" for name, reason in failed.items())
     if len(failed) == len(modules):
         return None, f"runs without torch.compile, which cannot take it whole ({why})"
     but = f", but for what cannot be taken whole ({why})" if failed else ""
     return mode, f"compiled ({mode}), first step {perf_counter() - started:.0f} s{but}"
+
+
+@contextmanager
+def _as_they_are(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Without what was compiled, which comes back afterwards."""
+    compiled = [(module, module._compiled_call_impl) for module in modules]
+    compile_whole([module for module, _ in compiled], None)
+    yield
+    for module, call in compiled:
+        module._compiled_call_impl = call
 
 
 def runs(step: Callable[[], object], modules: Mapping[str, nn.Module], device: torch.device) -> bool:
@@ -149,7 +161,9 @@ def keep_gradients(module: nn.Module) -> None:
 
 
 def reason(error: BaseException) -> str:
-    """The compiler's own first sentence, or that of what made it stop."""
+    """The compiler's own first sentence, or that of what made it stop, and the line of the model that it stopped at."""
     cause: Any = getattr(error, "inner_exception", None) or error
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-    return (lines[0] if lines else type(cause).__name__)[:200].rstrip(os.linesep + ".")
+    places = re.findall(r'File "([^"]+)", line (\d+)', str(error).partition("from user code:")[2])
+    where = f", at {Path(places[-1][0]).name}:{places[-1][1]}" if places else ""
+    return (lines[0] if lines else type(cause).__name__)[:200].rstrip(os.linesep + ".") + where
