@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -165,6 +166,19 @@ def test_finished_teachers_are_measured_as_their_runs_were(found: Diagnosis, sma
         assert teacher.bridge == "as the student's" and teacher.chance == pytest.approx(100 / 3)
         assert teacher.expected == pytest.approx(told) and not teacher.short
     assert not (small_run.parent / "another").exists()
+
+
+@pytest.mark.parametrize(("top1", "chance", "images", "by_chance"), [
+    (81.7, 50.0, 60, False), (52.0, 50.0, 60, True), (31.7, 25.0, 60, True), (31.7, 25.0, 6000, False),
+    (None, 25.0, 0, False),
+])  # fmt: skip
+def test_a_teacher_that_a_guess_might_equal_is_told(top1: float | None, chance: float, images: int, by_chance) -> None:
+    teacher = Examined("wide", "gfnet", "file.pth", True, top1, None, chance, images, "as the student's")
+    assert teacher.by_chance == by_chance
+    told = " ".join(_warnings([teacher], []))
+    assert ("are not those of its training" in told) == by_chance
+    known = " ".join(_warnings([replace(teacher, expected=top1)], []))
+    assert ("it has little to teach" in known) == by_chance and "of its training" not in known
 
 
 @pytest.mark.parametrize(("top1", "expected", "images", "short"), [

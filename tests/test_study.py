@@ -210,6 +210,19 @@ def test_a_wrong_command_is_one_line(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_dry_run_builds_each_row_and_trains_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "scale.yaml").write_text(SCALE)
+    (tmp_path / "ladder.yaml").write_text(STUDY)
+    words = ["ladder", "--data", "scale", "--seeds", "2", "--out", str(tmp_path / "out"), "--dry-run"]
+    assert main(dict, tmp_path, tmp_path, words) == 0
+    said = capsys.readouterr()
+    assert [line.split(":")[0] for line in said.out.splitlines()] == list(load_study(tmp_path / "ladder.yaml").rows)
+    assert main(dict, tmp_path, tmp_path, [*words, "student.widht=3"]) == 2
+    said = capsys.readouterr()
+    assert said.err.count("takes no such argument") == len(load_study(tmp_path / "ladder.yaml").rows)
+    assert not (tmp_path / "out").exists()
+
+
 def test_rows_are_chosen_with_what_they_are_compared_with(tmp_path: Path) -> None:
     (tmp_path / "s.yaml").write_text(STUDY)
     study = load_study(tmp_path / "s.yaml")

@@ -111,7 +111,7 @@ def _show(found: Diagnosis) -> None:
     taps = {row.student for row in found.plan.rows} | {f"teacher {row.teacher}" for row in found.plan.rows}
     say(f"\nhooks: {len(taps)} taps in {len(found.plan.rows)} pairs, each fired once a pass")
     if found.compiled is not None:
-        how = found.compiled.error or "teacher and distiller are one graph each"
+        how = found.compiled.error or "all that a run compiles is one graph each"
         say(f"compile ({found.compiled.backend}, {found.compiled.seconds:.1f} s): {how}")
     say("")
     _costs(found.cost)

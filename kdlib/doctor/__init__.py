@@ -127,11 +127,11 @@ def _warnings(teachers: list[Examined], terms: list[Weighed]) -> Iterator[str]:
                 f"on {one.images:,} images): are its images prepared as for its training (teachers.{one.name}.mean, "
                 ".std, .size, data.crop_pct), and are the classes in its order?"
             )
-        elif one.top1 < 2 * one.chance:
-            yield (
-                f"teacher {one.name} is right on {one.top1:.1f} %, by chance it would be on {one.chance:.1f} %: its "
-                "weights, its classes or its images are not what it was trained with (teachers.NAME.mean, .std, .size)"
-            )
+        elif one.by_chance:
+            why = "as its own run found; it has little to teach"
+            if one.expected is None:
+                why = "its weights, classes or images are not those of its training (teachers.NAME.mean, .std, .size)"
+            yield f"teacher {one.name} is right on {one.top1:.1f} %, by chance it would be on {one.chance:.1f} %: {why}"
     for term in terms:
         if term.gradient == 0:
             yield f"term {term.name} does not move the student at all: its gradient is zero"

@@ -38,13 +38,23 @@ class Examined:
     @property
     def margin(self) -> float:
         """Three standard errors of ``expected`` over so many images, in percent: as far off is chance."""
-        share = (self.expected or 0.0) / 100
-        return 300 * sqrt(share * (1 - share) / max(self.images, 1))
+        return _margin(self.expected or 0.0, self.images)
 
     @property
     def short(self) -> bool:
         """Whether it stays below what it should reach by more than the margin."""
         return self.top1 is not None and self.expected is not None and self.top1 < self.expected - self.margin
+
+    @property
+    def by_chance(self) -> bool:
+        """Whether a guess might do as well."""
+        return self.top1 is not None and self.top1 < self.chance + _margin(self.chance, self.images)
+
+
+def _margin(percent: float, images: int) -> float:
+    """Three standard errors over so many images, in percent."""
+    share = percent / 100
+    return 300 * sqrt(share * (1 - share) / max(images, 1))
 
 
 def examine(

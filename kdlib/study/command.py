@@ -6,7 +6,7 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from time import perf_counter
@@ -14,13 +14,15 @@ from time import perf_counter
 import torch
 
 from ..config import ConfigError, is_assignment
+from ..dryrun import dry_run
 from ..launch import FAILED, WRONG_INPUT
 from ..progress import console, say
+from ..recipe import Recipe
 from ..signals import ending
 from ..training import checkpoint
 from . import show
 from .paired import MOST
-from .rows import choose, load_study, recipes
+from .rows import Key, choose, load_study, recipes
 from .run import Train, gather, run
 
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK",
@@ -53,6 +55,8 @@ def main(train: Train, studies: Path, scales: Path, arguments: Sequence[str] | N
         study = choose(study, rows) if rows else study
         folder = given.out or Path("runs") / "studies" / f"{Path(given.study).stem}-{Path(given.data).stem}"
         planned = recipes(study, _file(given.data, scales, "--data"), given.seeds, folder, rest)
+        if given.dry_run:
+            return _try_rows(planned)
         stopped, failed = 0, dict[str, str]()
         try:
             with ending():
@@ -94,6 +98,24 @@ def _script() -> str:
     return path.as_posix()
 
 
+def _try_rows(planned: Mapping[Key, Recipe]) -> int:
+    """Builds each row once, on the meta device, and says what does not fit; returns the exit code.
+
+    Raises:
+        ConfigError: a row that a run would refuse, each named.
+    """
+    wrong = []
+    for name, recipe in {name: recipe for (name, _), recipe in planned.items()}.items():
+        try:
+            dry_run(recipe)
+            say(f"{name}: can be run")
+        except ConfigError as error:
+            wrong += [f"row {name!r}: {line}" for line in error.lines]
+    if wrong:
+        raise ConfigError(wrong)
+    return 0
+
+
 def _leads() -> bool:
     """Whether this process is the study. Of those that a launcher started, one for each GPU, the first one is, on all
     GPUs; its runs must not take themselves for that launcher's."""
@@ -116,6 +138,7 @@ def _parser(studies: Path, scales: Path) -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=_few, default=3, help="seeds 0 … N-1 (default 3)")
     parser.add_argument("--rows", nargs="+", metavar="ROW", help="only these rows, and what they are compared with")
     parser.add_argument("--jobs", type=_count, default=1, help="runs at a time, over all visible GPUs (default 1)")
+    parser.add_argument("--dry-run", action="store_true", help="build each row once, train nothing, say what is wrong")
     parser.add_argument("--out", type=Path, help="folder of all runs (default runs/studies/STUDY-SCALE)")
     return parser
 
