@@ -35,11 +35,11 @@ def _printable(line: str) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
 
 
-def one_line(error: BaseException) -> str:
+def one_line(error: BaseException, longest: int | None = None) -> str:
     """What an error says, in one line: of the system's, the file and what is wrong with it, without a number."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return " ".join(str(error).split()) or type(error).__name__
+    return " ".join(str(error).split())[:longest] or type(error).__name__
 
 
 class Source(NamedTuple):

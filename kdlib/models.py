@@ -11,11 +11,12 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from .config import ConfigError, Document, read_file
+from .config import ConfigError, Document, one_line, read_file
 from .data import Data
 from .recipe import Recipe, build, load
 from .recipe.weights import load_weights, read_weights
 from .recipe.wording import nearest
+from .training import runfolder
 from .training.runfolder import CONFIG, STUDENT
 from .yaml12 import YAMLError, parse
 
@@ -88,7 +89,7 @@ def find_model(text: str, image_size: int | None = None) -> Found:
         except Exception as error:  # hundreds of models: each fails in its own way
             shape = "×".join(map(str, found.shape))
             raise ConfigError(
-                [f"{found.name}: cannot take images of {shape} ({_line(error)}); give --image-size, or its img_size"]
+                [f"{found.name}: cannot take images of {shape} ({one_line(error, 200)}); give --image-size or img_size"]
             ) from error
     return found
 
@@ -116,7 +117,7 @@ def _of_timm(spec: dict[str, Any]) -> nn.Module:
     try:
         return timm.create_model(**{"model_name" if key == "name" else key: value for key, value in spec.items()})
     except Exception as error:  # as above
-        raise ConfigError([f"{name}: cannot be built ({_line(error)})"]) from error
+        raise ConfigError([f"{name}: cannot be built ({one_line(error, 200)})"]) from error
 
 
 def _of_function(text: str) -> nn.Module:
@@ -125,7 +126,7 @@ def _of_function(text: str) -> nn.Module:
         made = getattr(import_module(module), function)()
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ConfigError(
-            [f"{text}: cannot be called ({_line(error)}); write module:function, as Python imports it"]
+            [f"{text}: cannot be called ({one_line(error, 200)}); write module:function, as Python imports it"]
         ) from error
     if not isinstance(made, nn.Module):
         raise ConfigError([f"{text}: returned {type(made).__name__}, not a model (torch.nn.Module)"])
@@ -158,7 +159,7 @@ def _of_run(path: Path) -> Found:
         recipe = load(document)
     except ConfigError as error:
         raise ConfigError(f"{line}{IMPORT_HINT if ': no model ' in line else ''}" for line in error.lines) from None
-    data = build.open_data(recipe, torch.device("cpu"), 0, 1)
+    data = runfolder.open_data(recipe, folder, torch.device("cpu"))
     model = build.build_model(recipe.student, data, "student")
     fused = getattr(model, "fused", None)
     if callable(fused) and set(read_weights(file, str(file))) != set(model.state_dict()):
@@ -166,7 +167,3 @@ def _of_run(path: Path) -> Found:
     load_weights(model, file, "weights")
     shape = (data.channels, data.image_size, data.image_size)
     return Found(f"{recipe.student.name} of {path}", model, shape, data.mean, data.std, recipe, data, folder, True)
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -16,7 +16,7 @@ import os
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 
-from .config import ConfigError
+from .config import ConfigError, one_line
 
 GROUP, SWITCH = "kdlib.plugins", "KDLIB_PLUGINS"
 """``KDLIB_PLUGINS=off`` loads none, ``KDLIB_PLUGINS=mine,other`` these alone."""
@@ -43,7 +43,7 @@ def load_plugins() -> tuple[str, ...]:
             if found[name].attr:
                 made()
         except Exception as error:  # foreign code
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error, 200)
             raise ConfigError(
                 [
                     f"plugin {name!r} ({_whose(found[name])}, {found[name].value}) cannot be loaded "

@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..config import one_line
+
 FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 # of the pixels / 255 of all 60,000 training images
 FASHION_MEAN, FASHION_STD = (0.28604,), (0.35302,)
@@ -96,8 +98,8 @@ def _download(cache: Path, raw: Path) -> None:
                     raise
     except (RuntimeError, OSError) as error:
         raise FileNotFoundError(
-            f"fashion-mnist: not on this machine, and the download into {cache} failed ({_line(error)}); on Debian "
-            "`apt-get install dataset-fashion-mnist`, or give root= a folder with its four idx files, "
+            f"fashion-mnist: not on this machine, and the download into {cache} failed ({one_line(error, 200)}); "
+            "on Debian `apt-get install dataset-fashion-mnist`, or give root= a folder with its four idx files, "
             "or use name='fashion-mnist-5k', which needs neither"
         ) from error
 
@@ -137,7 +139,7 @@ def _idx(folder: Path, name: str, rank: int) -> tuple[Path, np.ndarray]:
     try:
         content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
     except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{file}: corrupt gzip file ({_line(error)}); fetch it again") from error
+        raise ValueError(f"{file}: corrupt gzip file ({one_line(error, 200)}); fetch it again") from error
     magic = int.from_bytes(content[:4], "big")
     if len(content) < 4 * (rank + 1) or magic != 0x800 + rank:
         raise ValueError(
@@ -151,10 +153,6 @@ def _idx(folder: Path, name: str, rank: int) -> tuple[Path, np.ndarray]:
             f"{file}: {values.size} bytes, but its header says {_times(shape)}; cut off or corrupt, fetch it again"
         )
     return file, values.reshape(shape)
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _times(shape: Sequence[int]) -> str:

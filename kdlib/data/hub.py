@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..config import one_line
 from .shards import Shards
-from .sources import _line, _rgb, _same_classes
+from .sources import _rgb, _same_classes
 
 AT_ONCE, ROWS = 16, 32
 """Files whose footers are asked for at a time, and rows that are decoded at a time."""
@@ -72,7 +73,9 @@ def hub_shards(name: str, root: str | Path | None, splits: tuple[str, str]) -> t
     try:
         builder = datasets.load_dataset_builder(where, cache_dir=None if root is None else str(root))
     except Exception as error:  # of a hundred kinds, from the Hub, the network and the files
-        raise ValueError(f"data set {name!r}: cannot be opened ({type(error).__name__}: {_line(error)})") from None
+        raise ValueError(
+            f"data set {name!r}: cannot be opened ({type(error).__name__}: {one_line(error, 200)})"
+        ) from None
     train, test = (_split(name, builder, split) for split in splits)
     _same_classes(f"{name} {splits[0]}", train.classes, f"{name} {splits[1]}", test.classes)
     return train, test
@@ -99,7 +102,7 @@ def _split(name: str, builder: Any, split: str) -> ParquetShards:
             lengths = list(pool.map(_rows, names))
     except Exception as error:
         raise ValueError(
-            f"data set {name!r}, split {split!r}: cannot be read ({type(error).__name__}: {_line(error)})"
+            f"data set {name!r}, split {split!r}: cannot be read ({type(error).__name__}: {one_line(error, 200)})"
         ) from None
     images = [key for key, kind in features.items() if isinstance(kind, datasets.Image)]
     labels = [key for key, kind in features.items() if isinstance(kind, datasets.ClassLabel)]

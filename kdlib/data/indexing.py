@@ -8,6 +8,7 @@ import tarfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ..config import one_line
 from .shards import ENDINGS, INFO, grouped
 
 
@@ -50,5 +51,5 @@ def _count(file: Path) -> int:
                     raise ValueError(f"image {count} holds {', '.join(sorted(sample))}; expected an image and .cls")
                 count += 1
     except (OSError, tarfile.TarError, ValueError) as error:
-        raise ValueError(f"{file}: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{file}: {one_line(error)}") from None
     return count

@@ -19,7 +19,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from .sources import _line, _rgb, _some
+from ..config import one_line
+from .sources import _rgb, _some
 
 INFO, ENDINGS, SECONDS = "_info.json", (".jpg", ".jpeg", ".png", ".webp", ".ppm", ".bmp"), 60
 WEB = ("http://", "https://")
@@ -170,10 +171,10 @@ def _info(place: str) -> dict[str, Any]:
             info = json.loads(file.read())
     except OSError as error:
         raise FileNotFoundError(
-            f"{where}: cannot be read ({_line(error)}); it must list the shards; kdlib shards writes it"
+            f"{where}: cannot be read ({one_line(error, 200)}); it must list the shards; kdlib shards writes it"
         ) from None
     except ValueError as error:
-        raise ValueError(f"{where}: is no JSON ({_line(error)}); kdlib shards writes it anew") from None
+        raise ValueError(f"{where}: is no JSON ({one_line(error, 200)}); kdlib shards writes it anew") from None
     if not isinstance(info, dict):
         raise ValueError(f"{where}: holds no mapping; kdlib shards writes it anew")
     return info

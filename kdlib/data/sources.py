@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..config import one_line
 from .fashion import Arrays
 
 IMAGES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -203,7 +204,7 @@ def _open_timm(name: str, root: Path | None, split: str) -> Any:
     except (RuntimeError, OSError, ValueError, AssertionError, ImportError, KeyError) as error:
         raise ValueError(
             f"data set {name!r}, split {split!r}, root {str(root) if root else 'not given'}: timm cannot open it "
-            f"({type(error).__name__}: {_line(error)}); check its name and root="
+            f"({type(error).__name__}: {one_line(error, 200)}); check its name and root="
         ) from error
 
 
@@ -235,14 +236,12 @@ def _rgb(file: Any) -> Any:
         return image.convert("RGB")
 
 
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
 def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def unreadable(source: Files, index: int, error: Exception) -> str:
     """One line about an image that cannot be read."""
-    return f"{source.where(index)}: cannot be read ({type(error).__name__}: {_line(error)}); repair or remove it"
+    return (
+        f"{source.where(index)}: cannot be read ({type(error).__name__}: {one_line(error, 200)}); repair or remove it"
+    )

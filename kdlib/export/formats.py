@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..config import ConfigError
+from ..config import ConfigError, one_line
 from ..training import checkpoint
 from .context import Context, Model
 from .hub import build_args, home, read_folder, write_folder
@@ -137,7 +137,7 @@ def _told(what: str) -> Iterator[None]:
     except (ConfigError, OSError):
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise ConfigError(
             [f"{what} cannot trace this model ({reason}); try --batch-size 1, --no-fuse or another format"]
         ) from error

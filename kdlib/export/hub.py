@@ -10,7 +10,7 @@ import timm
 import torch
 from timm.models import save_for_hf
 
-from ..config import ConfigError
+from ..config import ConfigError, one_line
 from ..data import CROP_PCT, INTERPOLATION
 from ..data.from_memory import ArrayLoader
 from ..models import Found
@@ -88,6 +88,6 @@ def push(folder: Path, repository: str, private: bool = False) -> str:
         where = api.create_repo(repository, private=private, exist_ok=True)
         api.upload_folder(repo_id=where.repo_id, folder_path=str(folder), commit_message="Student distilled with kdlib")
     except Exception as error:  # a dozen kinds from three libraries
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise ConfigError([f"--push {repository}: refused ({reason}); `hf auth login` sets a token"]) from error
     return str(where)

@@ -13,7 +13,7 @@ from timm.optim import list_optimizers
 from torch import nn
 
 from .. import schedules
-from ..config import Key
+from ..config import Key, one_line
 from ..losses import LOSSES
 from .build import build_optimizer, build_schedule
 from .schema import Named, Recipe
@@ -182,7 +182,7 @@ def _training(recipe: Recipe) -> Iterator[tuple[Key, str]]:
     try:
         taken = build_optimizer(recipe.optimizer, nn.Linear(1, 1)).defaults
     except Exception as error:  # each optimizer refuses arguments in its own way
-        yield ("optimizer",), f"{recipe.optimizer.name} cannot be built: {' '.join(str(error).split())}"
+        yield ("optimizer",), f"{recipe.optimizer.name} cannot be built: {one_line(error)}"
         return
     for key in ("betas", "eps", "momentum"):  # timm passes over in silence what an optimizer has not
         if getattr(recipe.optimizer, key) is not None and key not in taken:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .. import schedules, terms
 from ..adapters import Renormalize
-from ..config import ConfigError
+from ..config import ConfigError, one_line
 from ..data import Augment, Data
 from ..data import load as load_data
 from ..pairing import Pair, pair
@@ -57,7 +57,7 @@ def build_model(spec: Named, data: Data, where: str) -> nn.Module:
     try:
         return timm.create_model(spec.name, **arguments)
     except Exception as error:  # hundreds of models and a download: each fails in its own way
-        reason = _line(error).replace("__init__()", "")
+        reason = one_line(error, 200).replace("__init__()", "")
         if word := re.search(r"unexpected keyword argument '(\w+)'", reason):
             known = [*(name for name in spec.arguments if name != word[1]), *USUAL, *type(spec).model_fields]
             raise ConfigError(
@@ -78,7 +78,7 @@ def answer(model: nn.Module, images: Tensor, where: str) -> Tensor:
         logits = model.eval()(images)
     except Exception as error:  # as above
         shape = "×".join(map(str, images.shape[1:]))
-        raise ConfigError([f"{where}: the model cannot take images of {shape}: {_line(error)}"]) from None
+        raise ConfigError([f"{where}: the model cannot take images of {shape}: {one_line(error, 200)}"]) from None
     finally:
         for module, mode in modes.items():
             module.training = mode
@@ -127,7 +127,7 @@ def _in_bfloat16(model: nn.Module, images: Tensor, where: str) -> None:
     try:
         deepcopy(model).to(torch.bfloat16).eval()(images.bfloat16())
     except Exception as error:  # as above
-        what = f"{where} does not compute in bfloat16 throughout: {_line(error)}"
+        what = f"{where} does not compute in bfloat16 throughout: {one_line(error, 200)}"
         raise ConfigError([f"teacher_autocast: {what}; say teacher_autocast: true"]) from None
 
 
@@ -136,10 +136,6 @@ def of_term(error: Exception) -> str:
     text = " ".join(str(error).split())
     found = re.match(r"term '([\w-]+)'[,:]? (.*)", text)
     return f"terms.{found[1]}: {found[2]}" if found else f"terms: {text}"
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def build_terms(recipe: Recipe, student: nn.Module, panel: nn.Module, images: int) -> list[terms.Term]:

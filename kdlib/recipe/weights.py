@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..config import ConfigError
+from ..config import ConfigError, one_line
 from .wording import short
 
 Convert = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
@@ -40,7 +40,7 @@ def load_weights(
         try:
             state = convert(state)
         except ValueError as error:
-            raise ConfigError([f"{where}: {path}: {' '.join(str(error).split())}"]) from None
+            raise ConfigError([f"{where}: {path}: {one_line(error)}"]) from None
     lacking, extra = sorted(set(own) - set(state)), sorted(set(state) - set(own))
     if lacking or extra:
         raise ConfigError(

@@ -12,7 +12,7 @@ import torch
 from accelerate.utils import set_seed
 from torch import nn
 
-from ..config import ConfigError, read
+from ..config import ConfigError, one_line, read
 from ..data import Data
 from ..data.samplers import seeded
 from ..recipe import Recipe, build, load, load_children, weights
@@ -88,10 +88,7 @@ def open_run(folder: Path, device: torch.device, convert: weights.Convert | None
             hint = "import the recipe, or your own module, that registers it (kdlib report … --import recipes.NAME.run)"
             raise ConfigError([f"{unknown[0].partition(';')[0]}; {hint}"]) from None
         raise
-    try:
-        data = build.open_data(recipe, device, 0, 1)
-    except ConfigError as error:
-        raise ConfigError(f"{file}: {line}" for line in error.lines) from None
+    data = runfolder.open_data(recipe, folder, device)
     children = {at[:2]: runfolder.beside(child, recipe).output for at, child in load_children(recipe).items()}
     with seeded("report"):  # building models draws numbers; a caller's generators stay as they were
         teachers = {
@@ -129,7 +126,7 @@ def _member(what: str, spec: Named, data: Data, folder: Path | None, convert: we
             weights.load_weights(net, file, what, convert)
         member.net = net
     except (ConfigError, OSError, ValueError) as error:
-        member.missing = " ".join(str(error).split())
+        member.missing = one_line(error)
     return member
 
 

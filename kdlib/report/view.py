@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..config import one_line
 from ..results import count_parameters
 from ..training import runfolder
 from ..yaml12 import dump
@@ -110,7 +111,7 @@ def look(opened: Opened, number: int, alone: bool) -> View:
     try:
         view.step = time_step(opened)
     except (ValueError, RuntimeError) as error:
-        view.notes["time"] = f"A step could not be timed: {_line(error)}."
+        view.notes["time"] = f"A step could not be timed: {one_line(error)}."
     return view
 
 
@@ -121,10 +122,6 @@ def _set_aside(opened: Opened, given: Answers) -> None:
         if logits is not None and (lost := int(logits.isnan().any(1).sum())):
             del given.logits[member.what]
             member.net, member.missing = None, f"it answers NaN to {lost:,} of {len(logits):,} test images"
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _say_missing(view: View) -> None:
@@ -280,7 +277,7 @@ def _alike(view: View) -> list[dict[str, Any]]:
         try:
             ours, theirs, values = similarity(opened, name)
         except (ValueError, RuntimeError) as error:
-            view.notes["alike"] = f"The blocks of {member.what} cannot be compared: {_line(error)}."
+            view.notes["alike"] = f"The blocks of {member.what} cannot be compared: {one_line(error)}."
             continue
         for when, matrix in zip(("before", "after"), values, strict=True):
             if matrix is not None:

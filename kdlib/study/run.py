@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ..config import ConfigError
+from ..config import ConfigError, one_line
 from ..progress import bar
 from ..recipe import Recipe, build, load_children
 from ..recipe.wording import nearest
@@ -213,7 +213,7 @@ def _trained(
 def _what_failed(error: Exception) -> str:
     if isinstance(error, BrokenProcessPool):
         return "its process, or that of a run beside it, was killed (for memory?); the same command goes on with it"
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    return one_line(error, 300)
 
 
 def _finished(recipe: Recipe) -> dict[str, float] | None:

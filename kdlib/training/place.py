@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
 
-from ..config import ConfigError
+from ..config import ConfigError, one_line
 from ..recipe import Recipe
 from . import sharding
 
@@ -37,9 +37,9 @@ def start(recipe: Recipe) -> Accelerator:
         accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=[ddp])
     except ValueError as error:
         what = "launch" if recipe.precision == "none" else f"precision: {recipe.precision} cannot be had here"
-        raise ConfigError([f"{what}: {' '.join(str(error).split())}"]) from None
+        raise ConfigError([f"{what}: {one_line(error)}"]) from None
     except torch.distributed.DistError as error:
-        raise ConnectionError(f"launch: the processes cannot meet ({' '.join(str(error).split())[:200]})") from None
+        raise ConnectionError(f"launch: the processes cannot meet ({one_line(error, 200)})") from None
     if recipe.precision == "fp16" and accelerator.device.type == "cpu":  # where autocast passes it over in silence
         raise ConfigError(["precision: fp16 needs a GPU, and there is none; say bf16 or none"])
     world = int(os.environ.get("WORLD_SIZE", 1))

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast, broadcast_object_list
 from torch import nn
 
-from ..config import ConfigError
+from ..config import ConfigError, one_line
 
 Given = TypeVar("Given")
 LOST_WORKER, LOST_PEER = "DataLoader worker", ("gloo", "Connection closed by peer", "Connection reset by peer")
@@ -55,7 +55,7 @@ def losses_told() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = one_line(error, 160)
         if LOST_WORKER in reason:
             raise ChildProcessError(
                 f"a worker process that reads images was lost ({reason}); often for want of memory: lower data.workers "

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ from torch import nn
 
 from .. import __version__
 from ..config import ConfigError
-from ..recipe import Recipe
+from ..data import Data
+from ..recipe import Recipe, build
 from ..recipe.weights import load_weights
 from ..yaml12 import YAMLError, dump, parse
 from . import checkpoint
@@ -139,6 +141,20 @@ def finished(recipe: Recipe, student: nn.Module) -> tuple[dict[str, float], floa
         ) from None
     load_weights(student, recipe.output / STUDENT, "output")
     return found
+
+
+def open_data(recipe: Recipe, folder: Path, device: torch.device) -> Data:
+    """The data of the run in ``folder``.
+
+    Raises:
+        ConfigError: they are not there; names the config that says where they should be.
+    """
+    try:
+        return build.open_data(recipe, device, 0, 1)
+    except ConfigError as error:
+        root = recipe.data.get("root")
+        hint = "" if root is None or Path(root).is_absolute() else "; root is relative to where the run was started"
+        raise ConfigError(f"{folder / CONFIG}: {line}{hint}" for line in error.lines) from None
 
 
 def finish(
