@@ -71,3 +71,13 @@ class Ramp:
         if self.shape == "cosine":
             way = (1 - math.cos(math.pi * way)) / 2
         return self.first + (self.last - self.first) * way
+
+
+@dataclass(frozen=True)
+class Product:
+    """Several schedules at a time: a ramp within a window."""
+
+    factors: tuple[Schedule, ...]
+
+    def __call__(self, epoch: float, epochs: int) -> float:
+        return math.prod(factor(epoch, epochs) for factor in self.factors)

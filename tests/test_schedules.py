@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import pickle
 
 import pytest
 
-from kdlib.schedules import ALWAYS, Ramp, Window, moment
+from kdlib.schedules import ALWAYS, Product, Ramp, Window, moment
 
 
 @pytest.mark.parametrize(("until", "last"), [(80, 79), (1, 0), (0.5, 59), (1.0, 10_000)])
@@ -44,3 +45,8 @@ def test_a_fraction_written_as_a_quotient_ends_at_its_epoch() -> None:
     for epochs in range(1, 601):
         for end in range(1, epochs):
             assert Window(until=end / epochs)(end - 1, epochs) and not Window(until=end / epochs)(end, epochs)
+
+
+def test_a_product_is_that_of_its_factors_and_can_be_pickled() -> None:
+    both = pickle.loads(pickle.dumps(Product((Window(1, 3), Ramp(1.0, 0.5, 1, 5)))))
+    assert [both(epoch, 5) for epoch in range(5)] == [0, 1, 0.875, 0, 0]

@@ -172,7 +172,7 @@ def build_schedule(spec: Term) -> schedules.Schedule:
         return window
     until = spec.until if slope.until is None else slope.until
     ramp = schedules.Ramp(slope.first, slope.last, spec.start, until, slope.shape)
-    return lambda epoch, epochs: window(epoch, epochs) * ramp(epoch, epochs)
+    return schedules.Product((window, ramp))
 
 
 def _size_memory(loss: nn.Module, images: int, where: str) -> None:
