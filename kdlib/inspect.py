@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .adapters import find_layout
 from .pairing import find
+from .taps import in_eval
 
 
 @dataclass(frozen=True)
@@ -52,15 +53,12 @@ def inspect(model: nn.Module, images: Tensor, depth: int | None = None, pattern:
     handles = [
         module.register_forward_hook(partial(_note, answers.setdefault(name, []))) for name, module in modules.items()
     ]
-    modes = {module: module.training for module in model.modules()}
     try:
-        with FlopCounterMode(display=False) as counter:
-            model.eval()(images)
+        with in_eval(model), FlopCounterMode(display=False) as counter:
+            model(images)
     finally:
         for handle in handles:
             handle.remove()
-        for module, mode in modes.items():
-            module.training = mode
     flops = {name: sum(each.values()) for name, each in counter.get_flop_counts().items()}
     root, prefix = type(model).__name__, getattr(model, "num_prefix_tokens", None)
     return [

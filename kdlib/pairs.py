@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .cka import cka_matrix
 from .pairing import Pair
-from .taps import Taps
+from .taps import Taps, in_eval
 
 
 def blocks(model: nn.Module) -> list[str]:
@@ -53,13 +53,11 @@ def alike(
 @torch.no_grad()
 def _features(model: nn.Module, images: Tensor, names: Sequence[str]) -> list[Tensor]:
     taps = Taps(model, names)
-    modes = {module: module.training for module in model.modules()}
     try:
-        _, seen = taps.watch(model.eval(), images)
+        with in_eval(model):
+            _, seen = taps.watch(model, images)
     finally:
         taps.remove()
-        for module, mode in modes.items():
-            module.training = mode
     return [seen[name] for name in names]
 
 

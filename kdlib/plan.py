@@ -12,7 +12,7 @@ from torch import Size, Tensor, nn
 
 from .adapters import build_adapter, find_layout
 from .distiller import read
-from .taps import Taps
+from .taps import Taps, in_eval
 from .teacher import Panel, Teacher
 from .terms import Term, check_terms
 
@@ -156,13 +156,11 @@ def _check_alone(term: Term, tap: str) -> None:
 def _look(student: nn.Module, terms: Sequence[Term], images: Tensor) -> dict[str, Tensor]:
     """What the student's taps see, in eval mode; its mode is restored."""
     taps = Taps(student, [tap for term in terms for tap in term.student_taps if tap != "@output"])
-    modes = {module: module.training for module in student.modules()}
     try:
-        answer, seen = taps.watch(student.eval(), images)
+        with in_eval(student):
+            answer, seen = taps.watch(student, images)
     finally:
         taps.remove()
-        for module, mode in modes.items():
-            module.training = mode
     return seen | {"@output": answer}
 
 

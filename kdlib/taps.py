@@ -8,7 +8,8 @@ A *tap* names one tensor of a forward pass:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import partial
 from types import TracebackType
@@ -136,6 +137,17 @@ def _check(name: str, modules: dict[str, nn.Module], model: str) -> None:
     if path not in modules or not path:
         near = get_close_matches(path, modules, n=3, cutoff=0.4)
         raise ValueError(f"no tap {name!r} in {model}; did you mean {' or '.join(map(repr, near)) or 'a submodule'}?")
+
+
+@contextmanager
+def in_eval(model: nn.Module) -> Iterator[nn.Module]:
+    """The model in eval mode; afterwards each of its modules is in the mode that it was in."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        yield model.eval()
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def logits_of(answer: object, whose: str) -> Tensor:

@@ -251,14 +251,17 @@ def test_a_given_teacher_of_other_images_is_measured_on_its_own(
     json.loads((tmp_path / "run" / "summary.json").read_text(), parse_constant=refuse)
 
 
-@pytest.mark.parametrize("given", ["num_classes: 12, weights: big.safetensors", "pretrained: true"])
+@pytest.mark.parametrize("classes", [12, 2, None], ids=["more", "fewer", "untrained"])
 def test_a_given_teacher_of_other_classes_has_no_accuracy(
-    given: str, folder: Path, tmp_path: Path, fresh_state: None, monkeypatch: pytest.MonkeyPatch
+    classes: int | None, folder: Path, tmp_path: Path, fresh_state: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its features are read and its answer is not: one over 12 classes, or by a head that nobody has trained."""
+    """Its features are read and its answer is not: one over 12 or 2 classes, or by a head that nobody has trained."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("timm.models._builder.load_pretrained", lambda *_, **__: None)  # no download
-    save_file(timm.create_model("test_resnet", num_classes=12).state_dict(), "big.safetensors")
+    given = "pretrained: true"
+    if classes is not None:
+        given = f"num_classes: {classes}, weights: big.safetensors"
+        save_file(timm.create_model("test_resnet", num_classes=classes).state_dict(), "big.safetensors")
     features = "{loss: similarity_preserving, student: stages.1, teacher: big.layer4}"
     outcome = runs.run(
         plain(folder, tmp_path / "run", f"teachers={{big: {{name: test_resnet, {given}}}}}",

@@ -18,6 +18,7 @@ from ..config import ConfigError, one_line
 from ..data import Augment, Data
 from ..data import load as load_data
 from ..pairing import Pair, pair
+from ..taps import in_eval
 from ..teacher import Panel
 from .schema import Named, Optimizer, Recipe, Teacher, Term
 from .wording import nearest
@@ -73,15 +74,12 @@ def answer(model: nn.Module, images: Tensor, where: str) -> Tensor:
     Raises:
         ConfigError: the model cannot take these images, or answers with something that is no ``(B, classes)``.
     """
-    modes = {module: module.training for module in model.modules()}
     try:
-        logits = model.eval()(images)
+        with in_eval(model):
+            logits = model(images)
     except Exception as error:  # as above
         shape = "×".join(map(str, images.shape[1:]))
         raise ConfigError([f"{where}: the model cannot take images of {shape}: {one_line(error, 200)}"]) from None
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         kind = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ConfigError([f"{where}: the model answers with {kind}, not with one score a class; choose another"])

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from ..data import Loader
+from ..taps import in_eval
 from . import sharding
 from .ranks import share_buffers
 
@@ -19,19 +20,17 @@ def evaluate(
     model: nn.Module, batches: Loader, accelerator: Accelerator, channels_last: bool = False
 ) -> dict[str, float]:
     """Top-1 and top-5 in percent over all ranks, every image counted once; the model's mode is restored."""
-    training = model.training
-    model.eval()
     sums = torch.zeros(4, device=accelerator.device)
-    for images, labels in batches.epoch(0):
-        if channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
-        with accelerator.autocast():
-            logits = model(images)
-        ranked = logits.float().topk(min(5, logits.shape[-1])).indices == labels[:, None]
-        loss = nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
-        hits = ranked.float()
-        sums += torch.stack([hits[:, 0].sum(), hits.sum(), loss, torch.full_like(loss, len(labels))])
-    model.train(training)
+    with in_eval(model):
+        for images, labels in batches.epoch(0):
+            if channels_last:
+                images = images.contiguous(memory_format=torch.channels_last)
+            with accelerator.autocast():
+                logits = model(images)
+            ranked = logits.float().topk(min(5, logits.shape[-1])).indices == labels[:, None]
+            loss = nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
+            hits = ranked.float()
+            sums += torch.stack([hits[:, 0].sum(), hits.sum(), loss, torch.full_like(loss, len(labels))])
     top1, top5, loss, count = accelerator.reduce(sums, reduction="sum").tolist()
     return {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "test_loss": loss / count}
 
