@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from math import isnan, nan
+from math import isnan
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from . import results, runs
 from .progress import console
-from .recipe import Recipe, build
+from .recipe import Recipe
 from .training import checkpoint, runfolder
-from .yaml12 import parse
 
 
 def conclude(
@@ -31,11 +30,9 @@ def conclude(
     parts = {f"teacher {name}": teacher for name, teacher in outcome.teachers.items()}
     parts |= {"baseline": outcome.baseline} if outcome.baseline else {}
     parts |= {"student": outcome}
-    images = next(outcome.data.test.epoch(0))[0]
-    foreign = {f"teacher {name}" for name in outcome.teachers if not _answers(outcome, name, images)}
-    shown = [(what, o.name, o.net, nan if what in foreign else o.result["top1"]) for what, o in parts.items()]
+    shown = [(what, o.name, o.net, o.result["top1"]) for what, o in parts.items()]
     shown += [(what, outcome.name, net, top1) for what, (net, top1) in (derived or {}).items()]
-    speeds = results.throughput([net for _, _, net, _ in shown], images)
+    speeds = results.throughput([net for _, _, net, _ in shown], next(outcome.data.test.epoch(0))[0])
     rows = [
         results.Row(what, name, top1, results.count_parameters(net), speed)
         for (what, name, net, top1), speed in zip(shown, speeds, strict=True)
@@ -54,18 +51,6 @@ def conclude(
     checkpoint.write_json(file, summary)
     console.print(results.table(rows, f"{outcome.data.name}, {outcome.seconds:.0f} s"))
     return rows
-
-
-def _answers(outcome: runs.Outcome, name: str, images: Tensor) -> bool:
-    """Whether a teacher tells the data's classes apart: as many, and by no new head on timm's weights for others."""
-    teacher, classes = outcome.teachers[name], len(outcome.data.classes)
-    if build.answer(teacher.net, images[:1], f"teachers.{name}").shape[1] != classes:
-        return False
-    if teacher.folder != outcome.folder:
-        return True  # this run, or one beside it, has trained it
-    spec = parse((outcome.folder / runfolder.CONFIG).read_text(encoding="utf-8"))["teachers"][name]
-    own = (getattr(teacher.student, "pretrained_cfg", None) or {}).get("num_classes", classes)
-    return spec["weights"] is not None or own == classes
 
 
 def make(recipe: Recipe) -> None:

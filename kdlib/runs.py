@@ -116,15 +116,21 @@ def _make(ready: Ready, accelerator: Accelerator) -> Outcome:
             member, prepare = panel[name].to(accelerator.device), ready.prepare.get(name)
             prepare = prepare and prepare.to(accelerator.device)
             teachers[name] = Outcome(spec.name, recipe.output, member, ready.data, {}, accelerator, prepare=prepare)
-            teachers[name].result = _measure(teachers[name])
+            teachers[name].result = _measure(teachers[name], trained=spec.weights is not None)
     outcome.seconds = outcome.seconds or perf_counter() - began
     return outcome
 
 
-def _measure(given: Outcome) -> dict[str, float]:
-    """How good a teacher is that no run of ours trained; NaN where it tells other classes apart than the data."""
-    images = next(given.data.test.epoch(0))[0][:1]
-    if build.answer(given.net, images, given.name).shape[1] != len(given.data.classes):
+def _measure(given: Outcome, trained: bool) -> dict[str, float]:
+    """How good a teacher is that no run of ours trained; NaN where it tells other classes apart than the data.
+
+    Args:
+        trained: with its head, by a file of weights; timm's weights for other classes have a new head.
+    """
+    classes = len(given.data.classes)
+    own = (getattr(given.student, "pretrained_cfg", None) or {}).get("num_classes", classes)
+    told = build.answer(given.net, next(given.data.test.epoch(0))[0][:1], given.name).shape[1]
+    if told != classes or not (trained or own == classes):
         return dict.fromkeys(("top1", "top5", "test_loss"), nan)  # labels may lie beyond its last class
     return evaluate(given.net, given.data.test, given.accelerator)
 

@@ -471,6 +471,12 @@ def write_weights(kind: str, path: Path) -> None:
             archive.writestr("archive/data.pkl", pickle.dumps(Evil()))
 
 
+def test_a_finished_runs_folder_is_told_its_file(tmp_path: Path) -> None:
+    (tmp_path / "student.safetensors").touch()
+    with pytest.raises(ConfigError, match=r"\(it is a folder; name the file, .*student\.safetensors\)"):
+        weights.read_weights(tmp_path, "teachers.big.weights")
+
+
 @pytest.mark.fault("hostile weights")
 @pytest.mark.parametrize(
     ("kind", "name", "says"),

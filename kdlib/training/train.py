@@ -92,10 +92,11 @@ class Training:
         self.guard = Guard(self.on_nonfinite, self.folder, self.title, train, self.accumulate, accelerator)
         self.journal = Journal(self.folder, accelerator, train, self.accumulate, self.guard.look)
         self.shield = Shield(self.distiller, self.optimizer, self.accelerator, on=self.on_nonfinite == "skip")
-        compiler = compiling.set_up(compiling.resolve(self.compile, accelerator.device), len(self.distiller.terms))
+        mode = compiling.resolve(self.compile, accelerator.device)
+        compiler = compiling.set_up(mode, len(self.distiller.terms))
         with losses_told(), listen() as self.asked, compiler, left_as_found(self.accelerator):
             try:
-                self._begin()
+                self._begin(mode)
                 done = self.at.epoch * self.batches + self.at.batch
                 with bar(self.title, self.epochs * self.batches, done, self.main) as self.bar:
                     while not self._ended():
@@ -108,7 +109,7 @@ class Training:
                 self.journal.close()
         return self.at.result
 
-    def _begin(self) -> None:
+    def _begin(self, mode: str | None) -> None:
         """Puts the run where it goes on, and everything into its place for the first step."""
         if self.sharded:
             sharding.shard(self.accelerator, self.distiller, self.optimizer, self.ema)
@@ -118,7 +119,7 @@ class Training:
             self.distiller,
             self.teacher,
             self.accelerator,
-            compiling.resolve(self.compile, self.accelerator.device),
+            mode,
             self.compile_teacher,
             self.channels_last,
             self.accumulate,
