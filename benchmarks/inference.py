@@ -52,25 +52,32 @@ def main() -> None:
     device = torch.device("cpu" if given.cpu else "cuda")
     how = ("fp32", "contiguous") if given.cpu else ("bf16", "channels_last")
     settings = [Setting(mode, *how) for mode in (("eager",) if given.cpu else ("compiled", "eager"))]
-    reports = [
-        throughput.measure(
+    reports: list[dict[str, Any]] = []
+    for group in jobs(given.cpu):
+        report = throughput.measure(
             group, device, settings=settings, batch=8 if given.cpu else 128, pixels=64 if given.cpu else None,
             runs=10 if given.cpu else 30, budget=given.budget,
-        )
-        for group in jobs(given.cpu)
-    ]  # fmt: skip
-    rows = [row for report in reports for row in compared(report["rows"])]
-    for row in rows:
+            keep=lambda so_far: write(given.out, [*reports, so_far]),
+        )  # fmt: skip
+        reports.append(report)
+        write(given.out, reports)
+    for row in (row for report in reports for row in compared(report["rows"])):
         ratio = f"{row['of_train']:.2f}" if row["of_train"] else "-"
         print(
             f"{row['model']:24}{row['form']:9}{row['setting']:30}{row['images_per_second']:>10,.0f} images/s{ratio:>7}"
         )
-    if given.out:
-        kept = {
-            key: reports[0][key] for key in reports[0] if key not in ("rows", "best", "ratios", "skipped", "seconds")
-        }
-        given.out.parent.mkdir(parents=True, exist_ok=True)
-        given.out.write_text(json.dumps(kept | {"rows": rows}, indent=1) + "\n")
+
+
+def write(out: Path | None, reports: list[dict[str, Any]]) -> None:
+    """What there is so far, so that a run that is cut off has it."""
+    if out is None:
+        return
+    apart = ("rows", "best", "ratios", "skipped", "seconds")  # these are of one group
+    kept = {key: value for key, value in reports[0].items() if key not in apart}
+    kept["rows"] = [row for report in reports for row in compared(report["rows"])]
+    kept["skipped"] = [row for report in reports for row in report["skipped"]]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(kept, indent=1) + "\n")
 
 
 if __name__ == "__main__":
