@@ -73,8 +73,8 @@ def _ratio(row: dict[str, Any], key: str) -> str:
     return f"{value:.3f}" if isinstance(value, float) else f"{value[1]:.3f} ({value[0]:.3f} … {value[2]:.3f})"
 
 
-def throughput() -> str:
-    found = result("throughput")
+def throughput(name: str) -> str:
+    found = result(name)
     assert found is not None
     best = table(
         ("model", "form", "setting", "images/s", "paper, one A100"),
@@ -191,7 +191,8 @@ def kernels() -> str:
 
 
 TABLES = {
-    "step": lambda: step("step"), "step_cpu": lambda: step("step_cpu"), "throughput": throughput, "scaling": scaling,
+    "step": lambda: step("step"), "step_cpu": lambda: step("step_cpu"), "scaling": scaling,
+    "throughput": lambda: throughput("throughput"), "throughput_h100": lambda: throughput("throughput_h100"),
     "inference": lambda: inference("inference"), "inference_cpu": lambda: inference("inference_cpu"),
     "losses": losses, "roofline": roofline, "kernels": kernels,
 }  # fmt: skip

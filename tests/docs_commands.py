@@ -92,7 +92,9 @@ HELP = [
     "kdlib export runs/mine --to onnx",
     "kdlib export runs/resnet --to hub --push me/student",
     "python recipes/riformer/measure/throughput.py --budget 550 --out throughput.json",
-    "python recipes/riformer/measure/throughput.py --batch 128 --budget 550 --out throughput.json",
+    "python recipes/riformer/measure/throughput.py --models riformer_m36:full riformer_m36:kernels poolformer_m36:timm "
+    "gfnet_h_b:real riformer_s12:full riformer_s12:kernels poolformer_s12:timm --settings compiled-bf16-channels_last "
+    "eager-bf16-channels_last --batch 128 --budget 160 --out throughput.json",
     "python benchmarks/fused_blocks.py --budget 200 --out benchmarks/results/fused_blocks.json",
     "python benchmarks/inference.py --budget 300",
     "python recipes/riformer/measure/latency.py --out vit_latency.json",

@@ -86,6 +86,17 @@ def test_shortcuts_add_what_went_in() -> None:
             torch.testing.assert_close(shortened(images), plain(images) + start)
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_every_sum_is_of_two_tensors_in_one_order(fused: bool) -> None:
+    """Otherwise a shortcut costs ten times what it must, and the norms behind it with it."""
+    net, seen = built(6, fused), list[bool]()
+    for block in net.blocks:
+        block.register_forward_hook(lambda _, given, made: seen.extend((given[0].is_contiguous(), made.is_contiguous())))
+    with torch.no_grad():
+        net(torch.randn(2, 3, 32, 32))
+    assert seen == [True] * 4
+
+
 def test_both_attentions_are_the_same_function() -> None:
     unfused, fused = built(6), built(6, fused=True)
     fused.load_state_dict(unfused.state_dict())

@@ -374,6 +374,26 @@ def test_a_folder_that_is_taken_is_told_before_anything_is_trained(tmp_path: Pat
     assert not list((tmp_path / "out").glob("*/log"))
 
 
+def test_a_folder_in_which_another_study_runs_is_told_before_anything_is_trained(tmp_path: Path) -> None:
+    (tmp_path / "scale.yaml").write_text(SCALE)
+    planned = recipes(Study("s", {"soft": []}, {}), tmp_path / "scale.yaml", 1, tmp_path / "out", [])
+    (tmp_path / "out").mkdir()
+    hold = "import sys; from pathlib import Path; from kdlib.training.lock import held\n"
+    hold += "with held(Path(sys.argv[1])): print('in'); sys.stdin.read()"
+    other = subprocess.Popen(
+        [sys.executable, "-c", hold, tmp_path / "out"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT
+    )
+    assert other.stdin and other.stdout and other.stdout.readline()
+    try:
+        with pytest.raises(ConfigError, match=f"--out: .*out is in use by process {other.pid} on .*another folder"):
+            run(Study("s", {"soft": []}, {}), planned, _noted, jobs=1)
+    finally:
+        other.stdin.close()
+        other.wait()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
+    assert run(Study("s", {"soft": []}, {}), planned, _noted, jobs=1).top1["soft"] == {0: 50.0}
+
+
 def _killed(recipe):
     if "killed" in recipe.output.name:
         os.kill(os.getpid(), signal.SIGKILL)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from ..progress import bar
 from ..recipe import Recipe, build, load_children
 from ..recipe.wording import nearest
 from ..training import runfolder
+from ..training.lock import held
 from ..training.place import cores
 from .paired import Mean, difference, mean
 from .pool import Workers
@@ -71,17 +73,34 @@ def run(
     last checkpoints.
 
     Raises:
-        ConfigError: a folder that holds another run, data that are not there, a gap to a teacher that is not there.
+        ConfigError: a folder that holds another run, or in which another study runs; data that are not there; a gap to
+            a teacher that is not there.
     """
     _check_gap(study, planned)
     recipes, needs = _needs(planned)
     _check(recipes)
     failed = {} if failed is None else failed
-    with bar(study.title, len(recipes)) as shown, Workers(jobs) as workers:
+    folder = next(iter(recipes)).parent  # that of all
+    with _alone(folder), bar(study.title, len(recipes)) as shown, Workers(jobs) as workers:
         for text in _trained(recipes, needs, lambda recipe: workers.submit(train, _share(recipe, jobs)), jobs, failed):
             shown.say(text)
             shown.advance()
     return gather(study, planned, failed)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """No other study in the folder: two that share a teacher would each find its run taken.
+
+    Raises:
+        ConfigError: there is one, or the folder cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with held(folder):
+            yield
+    except BlockingIOError as error:
+        raise ConfigError([f"--out: {error}; wait until that study ends, or give this one another folder"]) from None
 
 
 def _share(recipe: Recipe, jobs: int) -> Recipe:

@@ -99,7 +99,9 @@ class PartialViT(nn.Module):
         self.blocks = nn.Sequential(*(Block(dim, heads, last, fused) for _ in range(depth if last else 0)))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.blocks(self.patches(x).flatten(2).transpose(1, 2) + self.position)
+        # tokens in their own order, as a class token's concatenation leaves them: the convolution's order would go down
+        # the residual stream and make every sum of two layouts
+        return self.blocks(self.patches(x).flatten(2).transpose(1, 2).contiguous() + self.position)
 
 
 def measure(
