@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import ConfigError, Document, one_line, read_file
-from .data import Data
+from .data import IMAGENET_MEAN, IMAGENET_STD, Data
 from .recipe import Recipe, build, load
 from .recipe.weights import load_weights, read_weights
 from .recipe.wording import nearest
@@ -139,7 +139,7 @@ def _described(name: str, model: nn.Module, trained: bool | None = None) -> Foun
     shape = tuple(told.get("input_size") or (3, 224, 224))
     channels = next((p.shape[1] for p in model.parameters() if p.ndim == 4), shape[0])
     channels = getattr(model, "in_chans", channels if channels in (1, 3) else shape[0])
-    mean, std = told.get("mean", (0.485, 0.456, 0.406)), told.get("std", (0.229, 0.224, 0.225))
+    mean, std = told.get("mean", IMAGENET_MEAN), told.get("std", IMAGENET_STD)
     if len(mean) != channels:
         mean, std = (sum(mean) / len(mean),) * channels, (sum(std) / len(std),) * channels
     size = getattr(getattr(model, "patch_embed", None), "img_size", None) or shape[1:]

@@ -21,6 +21,7 @@ import kdlib.data.fashion
 from kdlib.data import Data, load
 from kdlib.data.augment import Augment, crop_flip, crop_flip_draws
 from kdlib.data.fashion import DEBIAN, Arrays, embedded, read_idx
+from kdlib.data.few import few_images
 from kdlib.data.from_memory import ArrayLoader
 from kdlib.data.loader import Normalise
 from kdlib.data.samplers import EpochBatches
@@ -115,6 +116,21 @@ def test_embedded_set_is_the_start_of_the_whole() -> None:
     assert data.std == pytest.approx([float(pixels.std())], abs=1e-5)
     assert same(list(data.train.epoch(3)), list(load("fashion-mnist-5k").train.epoch(3)))
     assert (data.train.samples, data.test.samples) == (4992, 10_000)
+
+
+def test_pixels_undo_the_normalisation() -> None:
+    data, arrays = load(), embedded()[1]
+    images = next(data.test.epoch(0))[0]
+    torch.testing.assert_close(data.pixels(images), arrays.images[: len(images)].float() / 255)
+
+
+def test_a_few_images_are_read_as_those_of_a_data_set_are(tmp_path: Path) -> None:
+    Image.new("RGB", (9, 9), (255, 0, 51)).save(tmp_path / "a.ppm")
+    found = few_images(tmp_path, 1, 4)
+    torch.testing.assert_close(found[0, :, 2, 2], torch.tensor([1.0, 0.0, 0.2]))
+    Image.new("I;16", (9, 9)).save(tmp_path / "b.png")
+    with pytest.raises(ValueError, match=r"b\.png: cannot be read as an image \(.*16 bits or more"):
+        few_images(tmp_path, 2, 4)
 
 
 def test_licence_is_beside_the_embedded_data() -> None:

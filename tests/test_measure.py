@@ -90,8 +90,12 @@ def test_shortcuts_add_what_went_in() -> None:
 def test_every_sum_is_of_two_tensors_in_one_order(fused: bool) -> None:
     """Otherwise a shortcut costs ten times what it must, and the norms behind it with it."""
     net, seen = built(6, fused), list[bool]()
+
+    def note(_: nn.Module, given: tuple[torch.Tensor, ...], made: torch.Tensor) -> None:
+        seen.extend((given[0].is_contiguous(), made.is_contiguous()))
+
     for block in net.blocks:
-        block.register_forward_hook(lambda _, given, made: seen.extend((given[0].is_contiguous(), made.is_contiguous())))
+        block.register_forward_hook(note)
     with torch.no_grad():
         net(torch.randn(2, 3, 32, 32))
     assert seen == [True] * 4

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from .augment import eval_transform
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+from .sources import IMAGES, rgb
 
 
 def few_images(source: str | Path, count: int, image_size: int) -> Tensor:
@@ -24,27 +23,23 @@ def few_images(source: str | Path, count: int, image_size: int) -> Tensor:
     """
     if Path(source).is_dir():
         return _from_folder(Path(source), count, image_size)
-    from . import load
+    from .by_name import load  # which few_images alone does not need
 
     data = load(str(source), image_size=image_size, eval_batch_size=count, workers=0)
     images = next(data.test.epoch(0))[0].cpu()
     if len(images) < count:
         raise ValueError(f"{source}: has {len(images)} test images, {count} are asked for; ask for fewer")
-    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (data.mean, data.std))
-    return images * std + mean
+    return data.pixels(images)
 
 
 def _from_folder(folder: Path, count: int, image_size: int) -> Tensor:
-    from PIL import Image
-
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGES)
     if len(files) < count:
         raise ValueError(f"{folder}: holds {len(files)} image files, {count} are asked for; add some or ask for fewer")
     transform, images = eval_transform(image_size, 1.0, "bicubic"), []
     for file in files[:: len(files) // count][:count]:
         try:
-            with Image.open(file) as image:
-                images.append(transform(image.convert("RGB")))
+            images.append(transform(rgb(file)))
         except Exception as error:  # PIL alone has five kinds
             raise ValueError(f"{file}: cannot be read as an image ({error}); remove or replace it") from None
     return torch.stack([torch.as_tensor(image) for image in images]).float() / 255

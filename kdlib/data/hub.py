@@ -11,7 +11,7 @@ from typing import Any
 
 from ..config import one_line
 from .shards import Shards
-from .sources import _rgb, _same_classes
+from .sources import _same_classes, rgb
 
 AT_ONCE, ROWS = 16, 32
 """Files whose footers are asked for at a time, and rows that are decoded at a time."""
@@ -49,7 +49,7 @@ class ParquetShards(Shards):
             raise ValueError("holds no bytes of an image; files outside the Parquet files are not followed")
         if label is None:
             raise ValueError("has no label")
-        return _rgb(io.BytesIO(stored["bytes"])), self.label(label)
+        return rgb(io.BytesIO(stored["bytes"])), self.label(label)
 
 
 def hub_shards(name: str, root: str | Path | None, splits: tuple[str, str]) -> tuple[ParquetShards, ParquetShards]:
@@ -67,8 +67,6 @@ def hub_shards(name: str, root: str | Path | None, splits: tuple[str, str]) -> t
         raise ValueError(
             f"data set {name!r} needs the package datasets ({error}): pip install 'kdlib[stream]'"
         ) from None
-    if splits[0] == splits[1]:
-        raise ValueError(f"splits: {splits[0]!r} twice; the images that are trained on cannot be the test")
     where = name.removeprefix("hfids/")
     try:
         builder = datasets.load_dataset_builder(where, cache_dir=None if root is None else str(root))

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ..config import one_line
-from .sources import _rgb, _some
+from .sources import _some, rgb
 
 INFO, ENDINGS, SECONDS = "_info.json", (".jpg", ".jpeg", ".png", ".webp", ".ppm", ".bmp"), 60
 WEB = ("http://", "https://")
@@ -90,7 +90,7 @@ class TarShards(Shards):
         image = next((sample[ending] for ending in ENDINGS if ending in sample), None)
         if image is None or ".cls" not in sample:
             raise ValueError(f"holds {', '.join(sorted(sample))}; expected an image ({', '.join(ENDINGS)}) and .cls")
-        return _rgb(io.BytesIO(image)), self.label(sample[".cls"])
+        return rgb(io.BytesIO(image)), self.label(sample[".cls"])
 
 
 def grouped(tar: tarfile.TarFile, first: int = 0) -> Iterator[dict[str, bytes]]:
@@ -154,8 +154,6 @@ def tar_shards(
         raise ValueError(f"classes: got {classes}, but {place}/{INFO} names {len(names)}; leave it out")
     if len(names) < 2:
         raise ValueError(f"{place}/{INFO}: names no classes; add a list 'classes' to it, or say classes=1000")
-    if splits[0] == splits[1]:
-        raise ValueError(f"splits: {splits[0]!r} twice; the images that are trained on cannot be the test")
     told = info.get("splits")
     known = told if isinstance(told, dict) else {}
     train, test = (TarShards(place, *_split(place, split, known), names) for split in splits)

@@ -83,7 +83,7 @@ class ImageFolder:
         return str(self.folder / os.fsdecode(self.paths[index]))
 
     def read(self, index: int) -> tuple[Any, int]:
-        return _rgb(self.where(index)), int(self.labels[index])
+        return rgb(self.where(index)), int(self.labels[index])
 
 
 def image_folder(root: Path | None) -> tuple[ImageFolder, ImageFolder]:
@@ -163,7 +163,7 @@ class TimmFiles:
     def read(self, index: int) -> tuple[Any, int]:
         if self.reader is not None:
             file, label = self.reader[index][:2]
-            return _rgb(file), int(label)
+            return rgb(file), int(label)
         image, label = self.dataset[index]
         return image.convert("RGB"), int(label)
 
@@ -179,8 +179,6 @@ def timm_dataset(name: str, root: Path | None, splits: tuple[str, str]) -> tuple
         )
     if name in ("torch/image_folder", "torch/folder"):
         raise ValueError(f"data set {name!r}: use name='folder', which checks that train/ and val/ are there")
-    if splits[0] == splits[1]:
-        raise ValueError(f"splits: {splits[0]!r} twice; the images that are trained on cannot be the test")
     if name.startswith("torch/"):
         if root is None:
             raise ValueError(f"data set {name!r} needs root=, the folder into which torchvision has downloaded it")
@@ -227,7 +225,13 @@ def _arrays(dataset: Any, name: str) -> Arrays:
     return Arrays(images, torch.as_tensor(dataset.targets, dtype=torch.int64), _class_names(dataset, name))
 
 
-def _rgb(file: Any) -> Any:
+def rgb(file: Any) -> Any:
+    """The image in a file as RGB, 8 bits.
+
+    Raises:
+        ValueError: it has 16 bits or more.
+        Exception: what PIL raises for a file that it cannot read.
+    """
     from PIL import Image
 
     with Image.open(file) as image:

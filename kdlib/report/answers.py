@@ -45,12 +45,11 @@ def answers(opened: Opened) -> Answers:
 def test_images(opened: Opened, places: Sequence[int]) -> dict[int, Tensor]:
     """Test images by number, uint8 ``(C, H, W)``, their normalisation undone."""
     wanted, found = set(places), dict[int, Tensor]()
-    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (opened.data.mean, opened.data.std))
     rows = opened.data.test.batches.rows(0)
     for (images, _), row in zip(opened.data.test.epoch(0), rows, strict=False) if wanted else ():
         for at, place in enumerate(row.tolist()):
             if place in wanted:
-                found[place] = ((images[at].cpu() * std + mean) * 255).round().clamp(0, 255).byte()
+                found[place] = (opened.data.pixels(images[at].cpu()) * 255).round().clamp(0, 255).byte()
         if len(found) == len(wanted):
             break
     return found
