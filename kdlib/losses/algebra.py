@@ -48,10 +48,12 @@ class _KL(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, log_q: Tensor, log_p: Tensor) -> Tensor:
         ctx.save_for_backward(log_q, log_p)
-        p, gap = log_p.exp(), log_q - log_p
-        # the first form keeps its digits near equality, the second overflows nowhere and holds at log_p = -inf
-        change = torch.where(gap < 1, p * gap.expm1(), log_q.exp() - p)
-        return (change - (p * gap).masked_fill(p == 0, 0)).sum(-1)
+        p, q, gap = log_p.exp(), log_q.exp(), log_q - log_p
+        gap.masked_fill_(p == 0, 1)  # also where both are -inf; q − p log(q / p) − p is then q
+        near = gap < 1
+        # the first form keeps its digits near equality, the second does not overflow
+        first = gap.expm1().sub_(gap).mul_(p)
+        return torch.where(near, first, q.addcmul_(p, gap.add_(1), value=-1)).sum(-1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
