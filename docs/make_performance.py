@@ -33,7 +33,7 @@ def step(name: str) -> str:
     found = result(name)
     if found is None:
         return NOT_YET
-    heads = ("work", "who", "mode", "ms", "least ms", "peak MiB", "of the floor", "of by hand", "first step s")
+    heads = ("work", "who", "mode", "ms", "least ms", "kernels' ms", "peak MiB", "of the floor", "of by hand", "first step s")
     written = f"{about(found)}\n\n{table(heads, [_step(row) for row in found['rows']])}"
     return f"{written}\n\n{line}" if (line := _peers(found["rows"])) else written
 
@@ -59,8 +59,9 @@ def _peers(rows: list[dict[str, Any]]) -> str:
 def _step(row: dict[str, Any]) -> list[str]:
     who = [row["work"], row["who"], row["mode"]]
     if "failed" in row:
-        return [*who, row["failed"], *[""] * 5]
+        return [*who, row["failed"], *[""] * 6]
     times = [f"{row[key]:.1f}" if key in row else "-" for key in ("ms", "least")]
+    times.append(f"{row['kernels']['ms']:.1f}" if "kernels" in row else "-")
     memory = f"{row['MiB']:,}" if "MiB" in row else "-"
     return [*who, *times, memory, _ratio(row, "of_floor"), _ratio(row, "of_hand"), f"{row['first_step_s']:.1f}"]
 
@@ -191,7 +192,7 @@ def kernels() -> str:
 
 
 TABLES = {
-    "step": lambda: step("step"), "step_cpu": lambda: step("step_cpu"), "scaling": scaling,
+    "step": lambda: step("step"), "step_h200": lambda: step("step_h200"), "step_cpu": lambda: step("step_cpu"), "scaling": scaling,
     "throughput": lambda: throughput("throughput"), "throughput_h100": lambda: throughput("throughput_h100"),
     "inference": lambda: inference("inference"), "inference_cpu": lambda: inference("inference_cpu"),
     "losses": losses, "roofline": roofline, "kernels": kernels,

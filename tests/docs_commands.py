@@ -98,6 +98,7 @@ HELP = [
     "python benchmarks/fused_blocks.py --budget 200 --out benchmarks/results/fused_blocks.json",
     "python benchmarks/inference.py --budget 300",
     "python recipes/riformer/measure/latency.py --out vit_latency.json",
+    "python recipes/riformer/measure/latency.py --runs 5 --repeats 5 --out vit_latency.json",
     "python recipes/riformer/measure/receptive_field.py runs/riformer --out field.json",
     "python recipes/riformer/measure/affine_scales.py runs/riformer runs/other --out scales.json",
     "python recipes/riformer/measure/affine_scales.py soft.safetensors imitation.safetensors both.safetensors "

@@ -48,12 +48,13 @@ class _KL(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, log_q: Tensor, log_p: Tensor) -> Tensor:
         ctx.save_for_backward(log_q, log_p)
-        p, q, gap = log_p.exp(), log_q.exp(), log_q - log_p
-        gap.masked_fill_(p == 0, 1)  # also where both are -inf; q − p log(q / p) − p is then q
-        near = gap < 1
-        # the first form keeps its digits near equality, the second does not overflow
-        first = gap.expm1().sub_(gap).mul_(p)
-        return torch.where(near, first, q.addcmul_(p, gap.add_(1), value=-1)).sum(-1)
+        p, gap = log_p.exp(), log_q - log_p
+        gap.masked_fill_(p == 0, 1)  # also where both are -inf; what is summed there is q
+        far = gap >= 1
+        # the first form keeps its digits near equality, the second does not overflow; in place, one after the other,
+        # they take the memory of one
+        near = gap.expm1().sub_(gap).mul_(p).masked_fill_(far, 0).sum(-1)
+        return near + log_q.exp().addcmul_(p, gap.add_(1), value=-1).masked_fill_(~far, 0).sum(-1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
