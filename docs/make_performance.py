@@ -33,7 +33,8 @@ def step(name: str) -> str:
     found = result(name)
     if found is None:
         return NOT_YET
-    heads = ("work", "who", "mode", "ms", "least ms", "kernels' ms", "peak MiB", "of the floor", "of by hand", "first step s")
+    heads = ("work", "who", "mode", "ms", "least ms", "kernels' ms", "peak MiB", "of the floor", "of by hand",
+             "first step s")  # fmt: skip
     written = f"{about(found)}\n\n{table(heads, [_step(row) for row in found['rows']])}"
     return f"{written}\n\n{line}" if (line := _peers(found["rows"])) else written
 
@@ -192,7 +193,8 @@ def kernels() -> str:
 
 
 TABLES = {
-    "step": lambda: step("step"), "step_h200": lambda: step("step_h200"), "step_cpu": lambda: step("step_cpu"), "scaling": scaling,
+    "step": lambda: step("step"), "step_h200": lambda: step("step_h200"), "step_cpu": lambda: step("step_cpu"),
+    "scaling": scaling,
     "throughput": lambda: throughput("throughput"), "throughput_h100": lambda: throughput("throughput_h100"),
     "inference": lambda: inference("inference"), "inference_cpu": lambda: inference("inference_cpu"),
     "losses": losses, "roofline": roofline, "kernels": kernels,
