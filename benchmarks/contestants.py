@@ -210,5 +210,5 @@ def modes(work: str, who: str, cpu: bool) -> list[str | None]:
     if cpu or who not in OURS:
         return [None]
     if work != "small":
-        return [None, "default"]
+        return [None, "default", *(["compiled-graphs"] if who == "kdlib" else [])]
     return [None, "default", "reduce-overhead", *(compiling.RECORDED if who == "kdlib" else ())]

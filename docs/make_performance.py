@@ -16,6 +16,7 @@ from generated import main, result, table
 
 PAGE = Path(__file__).with_name("performance.md")
 NOT_YET = "Not measured yet."
+THEIRS = ("torchdistill", "nvidia-modelopt")
 PURE, LOGITS, TIMM = "kdlib, pure bf16", "kdlib (logits only)", "timm.task (logits only)"
 
 
@@ -50,10 +51,14 @@ def _peers(rows: list[dict[str, Any]]) -> str:
         return ""
     told = [f"{who} {ms / own:.2f} ({ms / pure:.2f})" for (work, who, mode), ms in times.items()
             if work == "blocks" and who not in ("floor", "by hand", "kdlib", PURE, LOGITS)]  # fmt: skip
+    graph = times.get(("blocks", "kdlib", "compiled-graphs"))
     line = (
         "Times as long as kdlib's compiled step of blocks (in brackets: as the one with teachers in pure bf16), the "
         f"others as they come: {', '.join(told)}."
     )
+    if graph:
+        recorded = ", ".join(f"{who} {times['blocks', who, 'eager'] / graph:.2f}" for who in THEIRS)
+        line = f"{line} As kdlib's step of blocks recorded as a graph: {recorded}."
     return f"{line} As kdlib's step of logits alone: {TIMM} {timm / logits:.2f}." if timm and logits else line
 
 

@@ -22,7 +22,7 @@ from .usage import usage
 from .yaml12 import dump
 
 FLAGS = ("--help", "-h", "--print-config", "--schema", "--dry-run", "--quiet", "--debug")
-WRONG_INPUT, FAILED, STOPPED = 2, 1, 128 + signal.SIGINT
+WRONG_INPUT, FAILED = 2, 1
 
 
 def main(

@@ -315,6 +315,7 @@ def test_a_sum_fits_its_parts_and_knows_their_needs():
     assert loss(student, maps(8)).isfinite()
     assert len(list(loss.parameters())) == 9 + 3
     both = losses.DKD() + losses.CrossEntropy()
+    assert (0.5 * losses.SoftTarget()).floor == 0 and (0.5 * losses.VID()).floor is None
     assert both.against == ("teacher", "labels") and not both.soft_labels
     assert (losses.SoftTarget() + losses.CrossEntropy()).soft_labels
 

@@ -94,6 +94,10 @@ class Sum(Loss):
         labelled = [loss for _, loss in parts if "labels" in getattr(loss, "against", ())]
         self.soft_labels = all(getattr(loss, "soft_labels", False) for loss in labelled)  # type: ignore[misc]
         self.wants_head = any(getattr(loss, "wants_head", False) for _, loss in parts)  # type: ignore[misc]
+        floors: list[float | None] = [getattr(loss, "floor", None) for _, loss in parts]
+        known = [weight * floor for (weight, _), floor in zip(parts, floors, strict=True) if floor is not None]
+        whole = len(known) == len(parts) and all(weight >= 0 for weight, _ in parts)
+        self.floor = sum(known) if whole else None  # type: ignore[misc]
         needs = {need for _, loss in parts for need in getattr(loss, "against", ("teacher",))}
         self.against = tuple(need for need in ORDER if need in needs)
         self.weights = tuple(float(weight) for weight, _ in parts)
