@@ -138,6 +138,7 @@ def throughput() -> str:
 TABLES = {
     "ladder": partial(compared, "ladder_5k"),
     "beginning": partial(compared, "beginning_5k"),
+    "length": partial(compared, "length_5k"),
     "teachers": partial(compared, "teachers_5k"),
     "sixty64": partial(imitation, "imitation_60k"),
     "imitation": partial(imitation, "imitation_5k"),

@@ -122,6 +122,7 @@ HELP = [
     "teachers.wide.recipe.eval_every=100 teachers.twin.recipe.epochs=600 teachers.twin.recipe.eval_every=100",
     f"{STUDY} imitation --data fashion_mnist_5k_final --seeds 3 --out runs/studies/long {LIKE} --jobs 20 {GRAPHS} "
     "save_every=800 data.augment.mixup=0.8 data.augment.cutmix=1.0 eval_every=20",
+    f"{STUDY} length --data fashion_mnist_5k --seeds 5 --jobs 40 {GRAPHS} save_every=800",
     f"{STUDY} teachers --data fashion_mnist_5k --seeds 1 --jobs 10 {GRAPHS}",
     f"{STUDY} beginning --data fashion_mnist_5k --seeds 5 --jobs 16 {GRAPHS}",
 ]
