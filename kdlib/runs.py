@@ -19,6 +19,7 @@ from .engine import engine, let_go, settle
 from .progress import say
 from .ready import Ready, get_ready
 from .recipe import Recipe, build, weights
+from .recipe import schema as recipes
 from .training import faults, runfolder, sharding, tracking
 from .training.evaluation import evaluate
 from .training.place import start
@@ -116,21 +117,15 @@ def _make(ready: Ready, accelerator: Accelerator) -> Outcome:
             member, prepare = panel[name].to(accelerator.device), ready.prepare.get(name)
             prepare = prepare and prepare.to(accelerator.device)
             teachers[name] = Outcome(spec.name, recipe.output, member, ready.data, {}, accelerator, prepare=prepare)
-            teachers[name].result = _measure(teachers[name], trained=spec.weights is not None)
+            teachers[name].result = _measure(teachers[name], spec)
     outcome.seconds = outcome.seconds or perf_counter() - began
     return outcome
 
 
-def _measure(given: Outcome, trained: bool) -> dict[str, float]:
-    """How good a teacher is that no run of ours trained; NaN where it tells other classes apart than the data.
-
-    Args:
-        trained: with its head, by a file of weights; timm's weights for other classes have a new head.
-    """
-    classes = len(given.data.classes)
-    own = (getattr(given.student, "pretrained_cfg", None) or {}).get("num_classes", classes)
-    told = build.answer(given.net, next(given.data.test.epoch(0))[0][:1], given.name).shape[1]
-    if told != classes or not (trained or own == classes):
+def _measure(given: Outcome, spec: recipes.Teacher) -> dict[str, float]:
+    """How good a teacher is that no run of ours trained; NaN where it tells other classes apart than the data."""
+    logits = build.answer(given.net, next(given.data.test.epoch(0))[0][:1], given.name)
+    if not build.judged(spec, given.student, logits, len(given.data.classes)):
         return dict.fromkeys(("top1", "top5", "test_loss"), nan)  # labels may lie beyond its last class
     return evaluate(given.net, given.data.test, given.accelerator)
 

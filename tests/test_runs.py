@@ -20,7 +20,11 @@ from safetensors.torch import load_file, save_file
 from kdlib import Renormalize, runs
 from kdlib.conclude import conclude
 from kdlib.config import ConfigError, read
+from kdlib.doctor import doctor
 from kdlib.recipe import Recipe, load
+from kdlib.report.opened import open_run
+from kdlib.report.verdict import verdict
+from kdlib.report.view import look
 from kdlib.results import table
 from kdlib.teacher import Teacher
 from kdlib.training import checkpoint
@@ -252,7 +256,7 @@ def test_a_given_teacher_of_other_images_is_measured_on_its_own(
 
 
 @pytest.mark.parametrize("classes", [12, 2, None], ids=["more", "fewer", "untrained"])
-def test_a_given_teacher_of_other_classes_has_no_accuracy(
+def test_a_given_teacher_of_other_classes_has_no_accuracy_anywhere(
     classes: int | None, folder: Path, tmp_path: Path, fresh_state: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its features are read and its answer is not: one over 12 or 2 classes, or by a head that nobody has trained."""
@@ -263,16 +267,24 @@ def test_a_given_teacher_of_other_classes_has_no_accuracy(
         given = f"num_classes: {classes}, weights: big.safetensors"
         save_file(timm.create_model("test_resnet", num_classes=classes).state_dict(), "big.safetensors")
     features = "{loss: similarity_preserving, student: stages.1, teacher: big.layer4}"
-    outcome = runs.run(
-        plain(folder, tmp_path / "run", f"teachers={{big: {{name: test_resnet, {given}}}}}",
-              f"terms={{soft: null, label: {{loss: cross_entropy}}, features: {features}}}", epochs=1)
-    )  # fmt: skip
+    recipe = plain(folder, tmp_path / "run", f"teachers={{big: {{name: test_resnet, {given}}}}}",
+                   f"terms={{soft: null, label: {{loss: cross_entropy}}, features: {features}}}", epochs=1)  # fmt: skip
+    (examined,) = doctor(recipe, batches=1, backend=None).teachers
+    assert examined.top1 is None and not examined.by_chance
+    outcome = runs.run(recipe)
     rows = {row.what: row for row in conclude(outcome)}
     assert math.isnan(rows["teacher big"].top1) and rows["student"].top1 == outcome.result["top1"]
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["teacher_top1"] is None and summary["rows"][0]["top1"] is None
     assert summary["student_top1"] == summary["rows"][-1]["top1"] == outcome.result["top1"]
     assert next(iter(table([*rows.values()], "t").columns[2].cells)) == "–"
+    view = look(open_run(tmp_path / "run", torch.device("cpu")), 0, True)
+    row = view.row("teacher big")
+    assert row.top1 is row.ece is None and "tell other classes apart" in row.note and row.parameters
+    assert verdict(view.rows, view.images).endswith("test images."), "no word of the teacher"
+    assert not view.agreement and view.notes["agreement"].startswith("No teacher's answers can be compared")
+    assert [one["what"] for one in view.calibration] == ["student"] and not view.by_class[0].agree
+    assert {one["teacher"] for one in view.alike} == {"teacher big"}, "its features are looked at all the same"
 
 
 def test_fused_and_unfused_are_compared_in_float32_throughout(folder: Path, tmp_path: Path, fresh_state: None) -> None:

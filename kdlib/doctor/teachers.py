@@ -11,6 +11,8 @@ from accelerate import Accelerator
 from torch import nn
 
 from ..ready import Ready
+from ..recipe.build import judged
+from ..recipe.schema import Teacher
 from ..recipe.wording import nearest
 from ..training import runfolder
 
@@ -85,7 +87,7 @@ def examine(
             else:
                 source = f"to be trained first, {child.recipe.epochs} epochs"
         bridge = ready.prepare.get(name)
-        top1, images = _accuracy(member, bridge, ready, accelerator, count)
+        top1, images = _accuracy(spec, member, bridge, ready, accelerator, count)
         chance = 100 / len(ready.data.classes)
         goal = expected.get(name)
         found.append(Examined(name, spec.name, source, trained, top1, goal, chance, images, ready.images_of(name)))
@@ -94,16 +96,16 @@ def examine(
 
 @torch.no_grad()
 def _accuracy(
-    model: nn.Module, bridge: nn.Module | None, ready: Ready, accelerator: Accelerator, count: int
+    spec: Teacher, model: nn.Module, bridge: nn.Module | None, ready: Ready, accelerator: Accelerator, count: int
 ) -> tuple[float | None, int]:
-    """(percent right, or None; test images seen)."""
+    """(percent right, or None where its answer is not judged; test images seen)."""
     model.to(accelerator.device).eval()
     bridge = bridge.to(accelerator.device) if bridge is not None else nn.Identity()
     right = seen = 0
     for images, labels in ready.data.test.epoch(0):
         with accelerator.autocast():
             logits = model(bridge(images))
-        if logits.shape[1] != len(ready.data.classes):
+        if not judged(spec, model, logits, len(ready.data.classes)):
             return None, 0
         right += int((logits.argmax(1) == labels).sum())
         seen += len(labels)

@@ -109,14 +109,28 @@ def check_answers(
             )
         if not recipe.teacher_autocast:
             _in_bfloat16(panel[name], given, f"teachers.{name}")
-        own = (getattr(panel[name], "pretrained_cfg", None) or {}).get("num_classes", classes)
-        if name in asked and spec.weights is None and spec.foreign and own != classes:
+        own = _trained_on(spec, panel[name], classes)
+        if name in asked and own != classes:
             raise ConfigError(
                 [
                     f"teachers.{name}: its pretrained weights tell {own} classes apart, the data have {classes}, so "
                     "its answer would be noise; tap its features, or give weights: that were trained on these data"
                 ]
             )
+
+
+def judged(spec: Teacher, model: nn.Module, logits: Tensor, classes: int) -> bool:
+    """Whether a teacher's answer, ``(B, K)``, can be right or wrong: it and its training are over ``classes``.
+
+    A head of so many on timm's weights for other classes is new, and its answer noise.
+    """
+    return logits.shape[1] == classes == _trained_on(spec, model, classes)
+
+
+def _trained_on(spec: Teacher, model: nn.Module, classes: int) -> int:
+    """How many classes timm's weights tell apart; weights from a file or of a run of ours tell those of the data."""
+    timms = spec.foreign and spec.weights is None
+    return (getattr(model, "pretrained_cfg", None) or {}).get("num_classes", classes) if timms else classes
 
 
 @torch.no_grad()

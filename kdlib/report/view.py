@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..config import one_line
+from ..recipe.build import judged
 from ..results import count_parameters
 from ..training import runfolder
 from ..yaml12 import dump
@@ -116,12 +117,20 @@ def look(opened: Opened, number: int, alone: bool) -> View:
 
 
 def _set_aside(opened: Opened, given: Answers) -> None:
-    """Takes models that answer NaN out of all that follows; the first NaN, mostly class 0, would be their answer."""
+    """Takes answers that are none out of all that follows: models with NaN, whose first, mostly class 0, would be their
+    answer; and the answers of teachers of other classes, whose features are looked at all the same.
+    """
     for member in opened.members:
         logits = given.logits.get(member.what)
         if logits is not None and (lost := int(logits.isnan().any(1).sum())):
             del given.logits[member.what]
             member.net, member.missing = None, f"it answers NaN to {lost:,} of {len(logits):,} test images"
+    for name, member in opened.teachers.items():
+        spec, logits = opened.recipe.teachers[name], given.logits.get(member.what)
+        if member.net is None or logits is None or judged(spec, member.net, logits, len(opened.data.classes)):
+            continue
+        del given.logits[member.what]
+        member.note = "its weights tell other classes apart than the data, so it has no accuracy"
 
 
 def _say_missing(view: View) -> None:
@@ -132,6 +141,8 @@ def _say_missing(view: View) -> None:
         view.notes |= dict.fromkeys(("classes", "agreement", "calibration", "changes"), gone)
     if not opened.teachers:
         view.notes["agreement"] = view.notes["alike"] = "This run has no teacher."
+    elif not any(member.what in view.answers.logits for member in opened.teachers.values()):
+        view.notes.setdefault("agreement", "No teacher's answers can be compared with the student's; see the outcome.")
     if opened.baseline is None:
         view.notes["changes"] = "This run has no baseline, so there is nothing to compare the student with."
     elif opened.baseline.net is None:
@@ -215,7 +226,7 @@ def _by_class(opened: Opened, given: Answers) -> list[ClassRow]:
     agree = {
         member.what: figures.by_class(given.given(member.what) == given.given("student"), given.labels, count)
         for member in opened.teachers.values()
-        if member.net is not None
+        if member.what in given.logits
     }
     rows = [
         ClassRow(
@@ -244,7 +255,7 @@ def _agreement(opened: Opened, given: Answers) -> list[dict[str, Any]]:
             "cases": figures.together(given.given("student"), given.given(member.what), given.labels),
         }
         for member in opened.teachers.values()
-        if member.net is not None
+        if member.what in given.logits
     ]
 
 
