@@ -118,6 +118,9 @@ def wrong(*arguments: str) -> list[str]:
         ("teachers.wide.mean=[0.5]", "teachers.wide: mean and std belong together; give both or neither"),
         ("terms.soft.start=30", "terms.soft.until: ends before it starts (start 30, until 1.0)"),
         ("terms.soft.slope={until: 0}", "terms.soft.slope.until: ends before the term starts (start 0, got 0)"),
+        ("terms.soft={start: 15, until: 19}", "terms.soft: is on in no epoch of 10 (start 15, until 19); change start"),
+        ("terms.soft={start: 0.31, until: 0.39}", "terms.soft: is on in no epoch of 10 (start 0.31, until 0.39)"),
+        ("terms.soft={start: 9, slope: {first: 0, last: 1}}", "terms.soft: is on in no epoch of 10 (start 9, until 1"),
         ("terms.soft.teacher='@labels'", "terms.soft.teacher: soft_target needs a teacher, not '@labels'"),
         ("terms.soft.teacher=wide.", "terms.soft.teacher: ends in a dot; write 'wide' for its answer (got 'wide.')"),
         ("terms.soft.student='@x'", "terms.soft.student: the student's answer is '@output', and it has no other @"),
@@ -293,6 +296,12 @@ def test_an_epoch_in_which_no_term_is_on_is_told_beforehand(arguments: list[str]
     (line,) = wrong(*only, *arguments)
     assert f": terms: none is on in {dark} of " in line, line
     assert recipe(*only, *arguments, "terms.always.loss=cross_entropy")
+
+
+def test_a_term_of_one_epoch_is_on_and_one_of_weight_0_need_not_be() -> None:
+    for one in ("{start: 9, until: 10}", "{start: 0.31, until: 0.41}", "{start: 8, slope: {first: 0, last: 1}}"):
+        assert recipe("epochs=10", "terms.always.loss=cross_entropy", f"terms.soft={one}")
+    assert recipe("terms.always.loss=cross_entropy", "terms.soft={weight: 0, start: 15, until: 19}")
 
 
 def test_a_teacher_that_nobody_reads_is_left_out() -> None:

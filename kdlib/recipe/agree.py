@@ -16,7 +16,7 @@ from .. import schedules
 from ..config import Key, one_line
 from ..losses import LOSSES
 from .build import build_optimizer, build_schedule
-from .schema import Named, Recipe
+from .schema import Named, Recipe, Term
 from .wording import nearest, short
 
 HUB = "hf-hub:"
@@ -73,12 +73,15 @@ def _terms(recipe: Recipe) -> Iterator[tuple[Key, str]]:
         key: Key = ("terms", name)
         if not re.fullmatch(r"[A-Za-z_][\w-]*", name):
             yield key, f"a term's name is a plain word of letters, digits, _ and - (got {short(name)})"
+        last = getattr(term.slope, "until", None)
         if schedules.moment(term.until, recipe.epochs) <= schedules.moment(term.start, recipe.epochs):
             yield (*key, "until"), f"ends before it starts (start {term.start}, until {term.until})"
-        last = getattr(term.slope, "until", None)
-        if last is not None and schedules.moment(last, recipe.epochs) <= schedules.moment(term.start, recipe.epochs):
+        elif last is not None and schedules.moment(last, recipe.epochs) <= schedules.moment(term.start, recipe.epochs):
             what = f"ends before the term starts (start {term.start}, got {last}); give a later moment"
             yield (*key, "slope", "until"), what
+        elif term.weight > 0 and not any(build_schedule(term)(t, recipe.epochs) for t in _turns(term, recipe.epochs)):
+            when = f"is on in no epoch of {recipe.epochs} (start {term.start}, until {term.until})"
+            yield key, f"{when}; change start, until or slope, or set the term to null"
         try:
             sides = term.sides
         except ValueError as error:
@@ -95,14 +98,11 @@ def _terms(recipe: Recipe) -> Iterator[tuple[Key, str]]:
 
 def _silence(recipe: Recipe) -> Iterator[tuple[Key, str]]:
     """The epochs of which nothing can be learned: no term's weight is above 0."""
-    epochs, turns = recipe.epochs, {0, recipe.epochs}
-    for term in recipe.terms.values():
-        slope = () if term.slope is None or term.slope.until is None else (term.slope.until,)
-        start, *ends = (ceil(schedules.moment(when, epochs)) for when in (term.start, term.until, *slope))
-        turns |= {start, start + 1, *ends}  # nowhere else does a weight become 0, or another than 0
+    epochs = recipe.epochs
+    turns = {0, epochs}.union(*(_turns(term, epochs) for term in recipe.terms.values()))
     weights = [(term.weight, build_schedule(term)) for term in recipe.terms.values()]
     dark: list[tuple[int, int]] = []
-    for first, after in pairwise(sorted(turn for turn in turns if turn <= epochs)):
+    for first, after in pairwise(sorted(turns)):
         if not any(weight * schedule(first, epochs) > 0 for weight, schedule in weights):
             first = dark.pop()[0] if dark and dark[-1][1] == first else first
             dark.append((first, after))
@@ -113,6 +113,13 @@ def _silence(recipe: Recipe) -> Iterator[tuple[Key, str]]:
             f"none is on in {', '.join(when)} of {epochs} (counted from 0), so nothing could be learned there; "
             "change start, until, slope or weight of one",
         )
+
+
+def _turns(term: Term, epochs: int) -> set[int]:
+    """The epochs of a run at which a term's weight becomes 0, or another than 0, if it ever does."""
+    slope = () if term.slope is None or term.slope.until is None else (term.slope.until,)
+    start, *ends = (ceil(schedules.moment(when, epochs)) for when in (term.start, term.until, *slope))
+    return {turn for turn in (start, start + 1, *ends) if turn < epochs}
 
 
 def _mixed(loss: dict[str, Any], recipe: Recipe) -> Iterator[str]:
