@@ -21,6 +21,8 @@ from rich.console import Console
 import kdlib
 import recipes.riformer.model  # noqa: F401  registers the models
 from kdlib import cli, yaml12
+from kdlib.cli.pairs import _batches
+from kdlib.models import Found
 from kdlib.recipe import json_schema
 from kdlib.recipe.editor import MARK, SHIPPED
 from kdlib.usage import usage
@@ -185,6 +187,15 @@ def test_pairs_with_images_draws_the_likeness_and_suggests(ask, tmp_path: Path) 
     (tmp_path / "photos" / "0.png").write_bytes(b"junk")
     broken = ask("pairs", "riformer_nano", "metaformer_id_nano", "--images", "photos", "--count", "8")
     assert broken.code == 2 and "photos/0.png: cannot be read as an image" in broken.err
+
+
+@pytest.mark.parametrize("count", [4, 63, 1025])
+def test_no_batch_of_pairs_is_too_small_for_cka(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """1,025 images in pieces of 33 left 2 to the last."""
+    monkeypatch.setattr("kdlib.data.few.few_images", lambda _, count, size: torch.rand(count, 1, size, size))
+    found = Found("net", torch.nn.Identity(), (1, 2, 2), (0.5,), (0.5,))
+    sizes = [len(ours) for ours, _ in _batches(found, found, "photos", count)]
+    assert sum(sizes) == count and min(sizes) >= min(count, 32)
 
 
 def test_pairs_takes_the_embedded_images_by_default(ask, tmp_path: Path) -> None:

@@ -203,6 +203,9 @@ def test_what_cannot_be_exported_is_one_line(riformer: Found, tmp_path: Path) ->
         export(find_model("resnet18", 64), "timm", tmp_path / "a")
     with pytest.raises(ConfigError, match=r"--out: .* exists"):
         export(riformer, "timm", tmp_path)
+    for count in (0, -1):
+        with pytest.raises(ConfigError, match=f"--count: at least one test image is compared on, got {count}"):
+            export(riformer, "timm", tmp_path / "a", count=count)
     assert not list(tmp_path.iterdir())
 
 

@@ -112,9 +112,10 @@ def _compare(student: Found, teacher: Found, options: Namespace) -> None:
 
 
 def _batches(student: Found, teacher: Found, source: Path | str, count: int) -> list[tuple[Tensor, Tensor]]:
-    """The same images for both, in batches of at least four."""
+    """The same images for both, in batches of nearly one size: of 32 or more, where there are as many."""
     from ..data.few import few_images
 
     sizes = {found.shape[1]: few_images(source, count, found.shape[1]) for found in (student, teacher)}
-    ours, theirs = (found.prepared(sizes[found.shape[1]]).chunk(max(1, count // 32)) for found in (student, teacher))
+    images = (found.prepared(sizes[found.shape[1]]) for found in (student, teacher))
+    ours, theirs = (batch.tensor_split(max(1, count // 32)) for batch in images)  # chunk leaves 2 of 1025 to the last
     return list(zip(ours, theirs, strict=True))

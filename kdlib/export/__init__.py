@@ -70,8 +70,8 @@ def export(
         count: test images to compare on.
 
     Raises:
-        ConfigError: no such format, a folder that exists, a model that cannot be written so, or one that answers
-            differently.
+        ConfigError: no such format, a folder that exists, no image to compare on, a model that cannot be written so, or
+            one that answers differently.
     """
     if to not in FORMATS:
         raise ConfigError([f"--to: no format {to!r} (known: {', '.join(FORMATS)})"])
@@ -81,6 +81,8 @@ def export(
         raise ConfigError([f"--out: {folder} exists; delete it or choose another"])
     if batch_size is not None and batch_size < 1:
         raise ConfigError([f"--batch-size: a batch has at least one image, got {batch_size}"])
+    if count < 1:
+        raise ConfigError([f"--count: at least one test image is compared on, got {count}"])
     model, arguments = fuse(found.model) if fused else (found.model, {})
     images = probe_images(found, count)
     context = Context(found, model, arguments, batch_size)
