@@ -182,6 +182,8 @@ def test_what_is_left_out_is_told_and_terms_cannot_be_none() -> None:
 def test_all_mistakes_of_a_config_are_told_at_once() -> None:
     lines = wrong("epoch=3", "seed=-1", "optimizer.lr=x")
     assert [line.split(": ")[1] for line in lines] == ["optimizer.lr", "seed", "epoch"]
+    lines = wrong("terms.soft.teacher=wid", "terms.soft.loss.temperature=-1")
+    assert [line.split(": ")[1] for line in lines] == ["terms.soft.loss.temperature", "terms.soft.teacher"]
 
 
 def test_a_mistake_in_a_base_is_told_with_the_base(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kdlib import launch
-from kdlib.config import read
+from kdlib.config import ConfigError, read
 from kdlib.recipe import load
 from kdlib.recipe.schema import Loss
 from kdlib.recipe.weights import digest
@@ -108,8 +108,32 @@ def test_features_of_a_teacher_of_other_classes_are_taken_beside_labels(
 
 
 def test_a_loss_that_holds_one_against_labels_reads_no_teacher(place: Path) -> None:
-    recipe = load(read(["r.yaml", "terms.soft.loss={name: standardized, loss: {name: cross_entropy}}"]))
+    recipe = load(
+        read(["r.yaml", "terms.soft={teacher: null, loss: {name: standardized, loss: {name: cross_entropy}}}"])
+    )
     term = recipe.terms["soft"].model_copy(update={"teacher": None, "student": ["@output", "layer4"]})
     assert term.compared(["wide"]) == [("@output", "@labels"), ("layer4", "@labels")]
     term = term.model_copy(update={"loss": Loss(name="soft_target")})
     assert term.compared(["wide"]) == [("@output", "wide"), ("layer4", "wide.layer4")]
+    alone = ["r.yaml", "teachers.wide=null", "terms.soft.teacher=null"]
+    for held in ("cross_entropy", "{name: cross_entropy}"):
+        assert load(read([*alone, f"terms.soft={{loss: {{name: standardized, loss: {held}}}}}"]))
+        with pytest.raises(ConfigError, match="standardized reads the labels alone; leave teacher out"):
+            load(read(["r.yaml", f"terms.soft.loss={{name: standardized, loss: {held}}}"]))
+
+
+@pytest.mark.parametrize(
+    ("held", "says"),
+    [
+        ("{loss: soft_target}", "terms.soft.teacher: standardized needs a teacher, and teachers is empty"),
+        ("{loss: sft_target}", "terms.soft.loss.loss.name: no loss 'sft_target'; did you mean 'soft_target'?"),
+        ("{loss: cross_entropy, varint: code}", "terms.soft.loss.varint: unknown key; did you mean 'variant'?"),
+        ("{loss: hard_label, variant: x}", "terms.soft.loss.variant: input should be 'code' or 'paper' (got 'x')"),
+    ],
+)
+def test_what_is_wrong_with_a_held_loss_is_one_line(place: Path, held: str, says: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(read(["r.yaml", "teachers.wide=null", "terms.soft.teacher=null",
+                   "terms.soft.loss.name=standardized", f"terms.soft.loss={held}"]))  # fmt: skip
+    (line,) = caught.value.lines
+    assert says in line

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from itertools import pairwise
 from math import ceil
 from typing import Any
@@ -16,7 +16,7 @@ from .. import schedules
 from ..config import Key, one_line
 from ..losses import LOSSES
 from .build import build_optimizer, build_schedule
-from .schema import Named, Recipe, Term
+from .schema import Loss, Named, Recipe, Term
 from .wording import nearest, short
 
 HUB = "hf-hub:"
@@ -24,9 +24,13 @@ OWN_DOORS = ("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cac
 """Arguments of timm.create_model that read files, in some versions with pickle; weights come in by ``weights``."""
 
 
-def disagreements(recipe: Recipe) -> list[tuple[Key, str]]:
-    """Each thing that is wrong, by key. The losses of the recipe may be unknown ones."""
-    terms = list(_terms(recipe))
+def disagreements(recipe: Recipe, unsound: Collection[str]) -> list[tuple[Key, str]]:
+    """Each thing that is wrong, by key.
+
+    Args:
+        unsound: terms whose loss is unknown or misbuilt, so that nobody can say what it reads.
+    """
+    terms = list(_terms(recipe, unsound))
     return [
         *_models(recipe),
         *_teachers(recipe),
@@ -66,7 +70,7 @@ def _teachers(recipe: Recipe) -> Iterator[tuple[Key, str]]:
             yield ("teachers", name), "mean and std belong together; give both or neither"
 
 
-def _terms(recipe: Recipe) -> Iterator[tuple[Key, str]]:
+def _terms(recipe: Recipe, unsound: Collection[str]) -> Iterator[tuple[Key, str]]:
     if not recipe.terms:
         yield ("terms",), "there are no terms; give at least one, e.g. {label: {loss: cross_entropy}}"
     for name, term in recipe.terms.items():
@@ -91,7 +95,7 @@ def _terms(recipe: Recipe) -> Iterator[tuple[Key, str]]:
             if (mine or "").startswith("@") and mine != "@output":
                 yield (*key, "student"), f"the student's answer is '@output', and it has no other @ (got {mine!r})"
         yield from (((*key, "loss"), wrong) for wrong in _mixed(term.loss.whole, recipe))
-        for wrong in dict.fromkeys(_whom(term.loss.name, whom, recipe) for _, whom in sides):
+        for wrong in dict.fromkeys(_whom(term.loss, whom, recipe, name not in unsound) for _, whom in sides):
             if wrong:
                 yield (*key, "teacher"), wrong
 
@@ -146,24 +150,24 @@ def _named(loss: dict[str, Any]) -> Iterator[tuple[str, type[nn.Module]]]:
             yield from _named(value)
 
 
-def _whom(loss: str, teacher: str | None, recipe: Recipe) -> str | None:
+def _whom(loss: Loss, teacher: str | None, recipe: Recipe, sound: bool) -> str | None:
     """What is wrong with what a term of ``loss`` reads of a teacher, if anything."""
-    teachers = ", ".join(recipe.teachers) or "none"
-    if loss not in LOSSES:
-        return None
-    needs = getattr(LOSSES[loss], "against", ("teacher",))
-    if teacher is None:
-        if "teacher" not in needs or len(recipe.teachers) == 1:
-            return None
-        return f"say which teacher: {teachers}" if recipe.teachers else f"{loss} needs a teacher, and teachers is empty"
-    owner, _, tap = teacher.partition(".")
-    if owner == "@labels":
-        return f"{loss} needs a teacher, not '@labels' (known: {teachers})" if "teacher" in needs or tap else None
-    if owner in recipe.teachers and teacher.endswith("."):
-        return f"ends in a dot; write {owner!r} for its answer (got {teacher!r})"
-    if owner not in recipe.teachers:
+    teachers, name = ", ".join(recipe.teachers) or "none", loss.name
+    owner, _, tap = ("@labels" if teacher is None else teacher).partition(".")
+    if owner not in (*recipe.teachers, "@labels"):
         return f"no teacher {owner!r}{nearest(owner, recipe.teachers)} (known: {teachers})"
-    return None if "teacher" in needs else f"{loss} reads the labels alone; leave teacher out"
+    if teacher is not None and teacher.endswith(".") and owner != "@labels":
+        return f"ends in a dot; write {owner!r} for its answer (got {teacher!r})"
+    if not sound:
+        return None
+    needed = "teacher" in loss.against
+    if teacher is None:
+        if not needed or len(recipe.teachers) == 1:
+            return None
+        return f"say which teacher: {teachers}" if recipe.teachers else f"{name} needs a teacher, and teachers is empty"
+    if owner == "@labels":
+        return f"{name} needs a teacher, not '@labels' (known: {teachers})" if needed or tap else None
+    return None if needed else f"{name} reads the labels alone; leave teacher out"
 
 
 def _training(recipe: Recipe) -> Iterator[tuple[Key, str]]:

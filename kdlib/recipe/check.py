@@ -63,7 +63,7 @@ def check(raw: Mapping[str, Any]) -> tuple[Recipe | None, Wrong]:
     terms = {}
     for name, term in recipe.terms.items():
         terms[name] = term.model_copy(update={"loss": _loss(("terms", name, "loss"), term.loss, wrong)})
-    wrong += disagreements(recipe)
+    wrong += disagreements(recipe, {str(key[1]) for key, _ in wrong if key[0] == "terms"})
     if wrong:
         return None, wrong
     teachers = {name: spec for name, spec in recipe.teachers.items() if name in _wanted(recipe)}
