@@ -19,7 +19,7 @@ import recipes.riformer.gfnet
 import recipes.riformer.model  # noqa: F401  registers the models
 from kdlib import cli
 from kdlib.doctor import Diagnosis, Examined, _warnings, as_assignments, doctor
-from kdlib.doctor.balance import weigh
+from kdlib.doctor.balance import Weighed, weigh
 from kdlib.doctor.cost import Cost, Phase
 from kdlib.doctor.graph import Compiled, try_compile
 from kdlib.launch import read_config
@@ -94,6 +94,23 @@ def test_a_term_without_gradient_has_no_proposal(student: nn.Module, teacher: nn
     terms = [kd.Term("soft", kd.losses.SoftTarget()), nothing]
     found = weigh(kd.Distiller(student, terms), kd.Teacher(teacher, terms), [batch], Accelerator())
     assert found[1].gradient == found[1].share == 0 and found[1].proposal is None
+
+
+def test_nothing_is_balanced_by_a_term_that_is_off(student: nn.Module, teacher: nn.Module, batch) -> None:
+    """The first term has weight 0: as the measure of all others it would switch every one of them off."""
+
+    def weighed(*weights: float) -> list[Weighed]:
+        terms = [
+            kd.Term(name, kd.losses.FeatureMSE(), weight, pairs=[kd.Pair(tap, tap)])
+            for name, weight, tap in zip("abc", weights, ("stem", "stages.0.blocks.0", "norm"), strict=True)
+        ]
+        return weigh(kd.Distiller(student, terms), kd.Teacher(teacher, terms), [batch], Accelerator())
+
+    first, second, third = weighed(0.0, 2.0, 1.0)
+    assert second.proposal == 2 and first.proposal == pytest.approx(2 * second.gradient / first.gradient, rel=0.05)
+    assert third.proposal == pytest.approx(2 * second.gradient / third.gradient, rel=0.05)
+    silent = weighed(0.0, 0.0, 0.0)
+    assert [term.proposal for term in silent] == [None] * 3 and not as_assignments(silent)
 
 
 def test_a_step_that_does_not_compile_says_why_and_runs_on(batch) -> None:

@@ -34,7 +34,8 @@ class Weighed:
     cosine: float
     """Of its gradient with that of the cross-entropy against the labels: 1 pulls the same way, below 0 against it."""
     proposal: float | None
-    """The weight with which it pulls as hard as the first term on the student's answer (else the first term) does."""
+    """The weight with which it pulls as hard as the first term on the student's answer (else the first term) that pulls
+    at all; None where there is no such term, or no weight makes this one pull."""
 
 
 def weigh(
@@ -67,12 +68,14 @@ def weigh(
     means: dict[str, list[float]] = {name: (total / len(batches)).tolist() for name, total in sums.items()}
     weights = {term.name: term.weight for term in distiller.terms}
     pull = {name: weights[name] * means[name][1] for name in names}
-    reference = next((t.name for t in distiller.terms if "@output" in t.student_taps and pull[t.name] > 0), names[0])
+    pulling = [term for term in distiller.terms if pull[term.name] > 0]
+    answering = [term for term in pulling if "@output" in term.student_taps]
+    goal = pull[(answering or pulling)[0].name] if pulling else None
     whole = sum(pull.values()) or 1.0
     return [
         Weighed(
             name, weights[name], means[name][0], means[name][1], pull[name] / whole, means[name][2],
-            None if means[name][1] == 0 else _round(pull[reference] / means[name][1]),
+            None if goal is None or means[name][1] == 0 else _round(goal / means[name][1]),
         )
         for name in names
     ]  # fmt: skip
