@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 from rich.table import Table
 from torch import Tensor, nn
+
+from .taps import in_eval
 
 
 @dataclass(frozen=True)
@@ -53,21 +56,21 @@ def count_parameters(model: nn.Module) -> int:
 def throughput(models: Sequence[nn.Module], images: Tensor, rounds: int = 5) -> list[float]:
     """Images per second of each model in eval mode: median over rounds, after one warm-up.
 
-    The models take turns within a round, so that a machine that slows down slows all of them.
+    The models take turns within a round, so that a machine that slows down slows all of them. They are left in the
+    modes that their modules were in.
     """
-    modes = [model.training for model in models]
     times: list[list[float]] = [[] for _ in models]
-    for number in range(rounds + 1):
-        for model, taken in zip(models, times, strict=True):
-            model.eval()
-            _wait(images)
-            started = time.perf_counter()
-            model(images)
-            _wait(images)
-            if number:
-                taken.append(time.perf_counter() - started)
-    for model, mode in zip(models, modes, strict=True):
-        model.train(mode)
+    with ExitStack() as modes:
+        for model in models:
+            modes.enter_context(in_eval(model))
+        for number in range(rounds + 1):
+            for model, taken in zip(models, times, strict=True):
+                _wait(images)
+                started = time.perf_counter()
+                model(images)
+                _wait(images)
+                if number:
+                    taken.append(time.perf_counter() - started)
     return [len(images) / sorted(taken)[len(taken) // 2] for taken in times]
 
 

@@ -25,14 +25,14 @@ from kdlib.recipe import Recipe, load
 from kdlib.report.opened import open_run
 from kdlib.report.verdict import verdict
 from kdlib.report.view import look
-from kdlib.results import table
+from kdlib.results import table, throughput
 from kdlib.teacher import Teacher
 from kdlib.training import checkpoint
 from kdlib.training.place import channels_last
 from recipes.riformer import gfnet, model  # noqa: F401  registers the models
 from recipes.riformer import run as riformer
 from recipes.riformer.convert import convert
-from tests.conftest import ROOT
+from tests.conftest import ROOT, Tiny
 
 DEFAULT = str(ROOT / "recipes" / "riformer" / "configs" / "default.yaml")
 PLAIN = str(ROOT / "recipes" / "riformer" / "configs" / "parts" / "plain.yaml")
@@ -285,6 +285,18 @@ def test_a_given_teacher_of_other_classes_has_no_accuracy_anywhere(
     assert not view.agreement and view.notes["agreement"].startswith("No teacher's answers can be compared")
     assert [one["what"] for one in view.calibration] == ["student"] and not view.by_class[0].agree
     assert {one["teacher"] for one in view.alike} == {"teacher big"}, "its features are looked at all the same"
+
+
+def test_throughput_runs_in_eval_mode_and_leaves_each_module_as_it_was() -> None:
+    """A frozen norm, in eval mode within a model that trains, stays frozen."""
+    seen: list[bool] = []
+    tiny, other = Tiny().train(), Tiny().eval()
+    tiny.norm.eval()
+    tiny.head.register_forward_pre_hook(lambda module, _: seen.append(module.training))
+    modes = [[module.training for module in net.modules()] for net in (tiny, other)]
+    speeds = throughput([tiny, other], torch.randn(2, 3, 8, 8), rounds=1)
+    assert all(speed > 0 for speed in speeds) and seen == [False] * 2
+    assert [[module.training for module in net.modules()] for net in (tiny, other)] == modes
 
 
 def test_fused_and_unfused_are_compared_in_float32_throughout(folder: Path, tmp_path: Path, fresh_state: None) -> None:
