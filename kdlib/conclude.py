@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from math import isnan
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from . import results, runs
+from .files import SUMMARY
 from .progress import console
 from .recipe import Recipe
 from .training import checkpoint, runfolder
@@ -40,15 +40,14 @@ def conclude(
     trained = {what: o.folder for what, o in parts.items() if what == "student" or o.folder != outcome.folder}
     results.curves(trained, outcome.folder / "curves.png")
     top1 = {row.what: None if isnan(row.top1) else row.top1 for row in rows}
-    file = outcome.folder / runfolder.SUMMARY
-    summary = json.loads(file.read_text(encoding="utf-8")) | {
+    summary = (runfolder.summary(outcome.folder) or {}) | {
         "teacher_top1": top1[rows[0].what] if outcome.teachers else None,
         "baseline_top1": top1.get("baseline"),
         "student_top1": top1["student"],
         **(facts or {}),
         "rows": [vars(row) | {"top1": top1[row.what]} for row in rows],
     }
-    checkpoint.write_json(file, summary)
+    checkpoint.write_json(outcome.folder / SUMMARY, summary)
     console.print(results.table(rows, f"{outcome.data.name}, {outcome.seconds:.0f} s"))
     return rows
 

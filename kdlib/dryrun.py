@@ -87,7 +87,7 @@ def _tell(ready: Ready, world: int) -> Iterator[str]:
 def _schedule(ready: Ready, world: int) -> Iterator[str]:
     """Length, optimizer, and the learning rate at the epochs where it turns."""
     recipe, spec = ready.recipe, ready.recipe.schedule
-    steps, batch = len(ready.data.train) // recipe.accumulate, int(recipe.data.get("batch_size", 128))
+    steps, batch = len(ready.data.train) // recipe.accumulate, ready.data.train.batches.batch_size
     images = batch * world * recipe.accumulate
     yield _line("length", f"{recipe.epochs} epochs × {steps:,} steps of {images:,} images")
     with torch.device("meta"):
@@ -129,7 +129,7 @@ def _loss(loss: object) -> str:
 
 
 def _state(folder: Path) -> str:
-    return "finished, would be read" if (folder / runfolder.SUMMARY).exists() else "to be trained"
+    return "finished, would be read" if runfolder.summary(folder) is not None else "to be trained"
 
 
 def _file(path: Path) -> str:

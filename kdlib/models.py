@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from .config import ConfigError, Document, one_line, read_file
 from .data import IMAGENET_MEAN, IMAGENET_STD, Data
+from .files import CONFIG, STUDENT
 from .recipe import Recipe, build, load
 from .recipe.weights import load_weights, read_weights
 from .recipe.wording import nearest
 from .training import runfolder
-from .training.runfolder import CONFIG, STUDENT
 from .yaml12 import YAMLError, parse
 
 IMPORT_HINT = "; models of a recipe, and your own, need --import of what registers them: --import recipes.riformer.run"

@@ -15,6 +15,7 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
+from .files import METRICS
 from .taps import in_eval
 
 
@@ -91,7 +92,7 @@ def curves(folders: Mapping[str, Path], path: Path) -> None:
     left, right = figure.subplots(1, 2)
     epochs: list[dict[str, Any]] = []
     for label, folder in folders.items():
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        lines = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
         tested = [line for line in lines if "top1" in line]
         left.plot([line["epoch"] for line in tested], [line["top1"] for line in tested], marker=".", label=label)
         epochs = [line for line in lines if "weights" in line]  # one a whole epoch, tested or not

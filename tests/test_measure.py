@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kdlib import recipe, runs
 from kdlib.config import read
+from kdlib.files import STUDENT
 from kdlib.training import checkpoint, runfolder
 from recipes.riformer import gfnet, model
 from recipes.riformer.measure import affine_scales, clock, contestants, latency, ranking, receptive_field, throughput
@@ -232,7 +233,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_fields_of_a_run(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "field.json"
-    twin = next(run.parent.glob("metaformer_pool_nano-*")) / runfolder.STUDENT
+    twin = next(run.parent.glob("metaformer_pool_nano-*")) / STUDENT
     given = (run, f"metaformer_pool_nano={twin}", "--labels", "again", "--images", 8, "--device", "cpu", "--out", out)
     assert call("receptive_field", *given) == 0
     report = json.loads(out.read_text())

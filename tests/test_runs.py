@@ -21,11 +21,13 @@ from kdlib import Renormalize, runs
 from kdlib.conclude import conclude
 from kdlib.config import ConfigError, read
 from kdlib.doctor import doctor
+from kdlib.dryrun import dry_run
 from kdlib.recipe import Recipe, load
 from kdlib.report.opened import open_run
 from kdlib.report.verdict import verdict
 from kdlib.report.view import look
 from kdlib.results import table, throughput
+from kdlib.study.run import _finished
 from kdlib.teacher import Teacher
 from kdlib.training import checkpoint
 from kdlib.training.place import channels_last
@@ -447,8 +449,11 @@ def test_a_damaged_folder_is_told_and_what_to_delete(folder: Path, tmp_path: Pat
     weights.unlink()
     assert "no file" in lines(runs.run, recipe)[0]
     weights.write_bytes(good)
-    (tmp_path / "r" / "summary.json").write_text("{")
-    assert "summary.json is damaged; delete it to finish the run again" in lines(runs.run, recipe)[0]
+    for text in ("{", "[]", '{"result": {}, "seconds": 1}'):
+        (tmp_path / "r" / "summary.json").write_text(text)
+        for reader in (runs.run, dry_run, lambda _: open_run(tmp_path / "r", torch.device("cpu"))):
+            assert "summary.json is damaged; delete it to finish the run again" in lines(reader, recipe)[0]
+        assert _finished(recipe) is None, "for a study it is a run to make, which will say so"
     for text in ("{", "- 1", "a: 1\na: 1", "\0"):
         (tmp_path / "r" / "config.yaml").write_text(text)
         assert lines(runs.run, recipe)[0].startswith("output: ")

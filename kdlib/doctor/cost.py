@@ -17,7 +17,7 @@ from ..engine import engine, let_go, settle
 from ..ready import Ready
 from ..recipe import build
 from ..teacher import Teacher
-from ..training.runfolder import SUMMARY
+from ..training import runfolder
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def estimate(ready: Ready, distiller: Distiller, teacher: Teacher | None, accele
         _time_evaluation(ready, accelerator),
         evaluations,
         _memory(accelerator.device),
-        [_of_child(child, accelerator, steps) for child in children if not (child.recipe.output / SUMMARY).exists()],
+        [_of_child(child, accelerator, steps) for child in children if runfolder.summary(child.recipe.output) is None],
         accelerator.device.type == "cpu",
     )
 

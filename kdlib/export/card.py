@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Callable
 from math import floor
@@ -14,7 +13,7 @@ import torch
 
 from .. import __version__
 from ..models import Found
-from ..training.runfolder import SUMMARY
+from ..training import runfolder
 from .hub import prepared
 
 if TYPE_CHECKING:
@@ -106,8 +105,5 @@ def _resized(found: Found) -> str:
 def _accuracy(run: Path | None) -> str:
     """Of the finished run, from its summary."""
     assert run is not None
-    try:
-        result = json.loads((run / SUMMARY).read_text())["result"]
-        return f"{result['top1']:.2f} % / {result['top5']:.2f} %"
-    except (OSError, ValueError, KeyError):
-        return "not recorded"
+    found = runfolder.summary(run)
+    return "not recorded" if found is None else f"{found['result']['top1']:.2f} % / {found['result']['top5']:.2f} %"

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..config import ConfigError, one_line
+from ..files import STUDENT
 from .wording import short
 
 Convert = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
@@ -71,7 +72,7 @@ def read_weights(path: Path, where: str) -> Mapping[str, Tensor]:
         ConfigError: a file that is missing, corrupt, or holds more than tensors.
     """
     if not path.is_file():
-        inside = path / "student.safetensors"
+        inside = path / STUDENT
         hint = f"; name the file, {inside}" if inside.is_file() else ""
         raise ConfigError([f"{where}: no file {path}{f' (it is a folder{hint})' if path.is_dir() else ''}"])
     try:

@@ -15,6 +15,7 @@ from torch import nn
 from ..config import ConfigError, one_line, read
 from ..data import Data
 from ..data.samplers import seeded
+from ..files import CHECKPOINTS, CONFIG, METRICS, STUDENT
 from ..recipe import Recipe, build, load, load_children, weights
 from ..recipe.schema import Named
 from ..teacher import Panel
@@ -69,9 +70,9 @@ def open_run(folder: Path, device: torch.device, convert: weights.Convert | None
         convert: as for ``runs.run``, for teachers from foreign files.
 
     Raises:
-        ConfigError: the folder holds no run, its config cannot be read, or its data cannot be opened.
+        ConfigError: the folder holds no run, its config or summary cannot be read, or its data cannot be opened.
     """
-    file = folder / runfolder.CONFIG
+    file = folder / CONFIG
     if not file.is_file():
         what = (
             f"{file} is missing"
@@ -101,7 +102,9 @@ def open_run(folder: Path, device: torch.device, convert: weights.Convert | None
         initial = _initial(recipe, data, teachers, convert)
         student = _member("student", recipe.student, data, folder)
     _prepare(recipe, data, teachers)
-    opened = Opened(_name(folder), folder, recipe, data, student, teachers, baseline, initial, _summary(folder))
+    opened = Opened(
+        _name(folder), folder, recipe, data, student, teachers, baseline, initial, runfolder.summary(folder) or {}
+    )
     for member in opened.members:
         for module in (member.net, member.prepare):
             if module is not None:
@@ -132,13 +135,13 @@ def _member(what: str, spec: Named, data: Data, folder: Path | None, convert: we
 
 def _restore(net: nn.Module, folder: Path, what: str) -> str:
     """Loads what a run trained into ``net``; says so where that is a checkpoint and not the end."""
-    file = folder / runfolder.STUDENT
+    file = folder / STUDENT
     if file.exists():
         weights.load_weights(net, file, what)
         return ""
-    found = checkpoint.load_latest(folder / "checkpoints")
+    found = checkpoint.load_latest(folder / CHECKPOINTS)
     if found is None:
-        raise ConfigError([f"neither {runfolder.STUDENT} nor a checkpoint is in {folder.name}/"])
+        raise ConfigError([f"neither {STUDENT} nor a checkpoint is in {folder.name}/"])
     _, state, _ = found
     own = {key.removeprefix("student."): v for key, v in state["distiller"].items() if key.startswith("student.")}
     try:
@@ -153,7 +156,7 @@ def _restore(net: nn.Module, folder: Path, what: str) -> str:
 def _initial(
     recipe: Recipe, data: Data, teachers: dict[str, Member], convert: weights.Convert | None
 ) -> nn.Module | None:
-    """The student as ``runs.get_ready`` builds it, before training; None if what it started from is gone."""
+    """The student as ``ready.get_ready`` builds it, before training; None if what it started from is gone."""
     set_seed(recipe.seed)
     try:
         net = build.build_model(recipe.student, data, "student")
@@ -178,18 +181,10 @@ def _prepare(recipe: Recipe, data: Data, teachers: dict[str, Member]) -> None:
         teachers[name].prepare = module
 
 
-def _summary(folder: Path) -> dict[str, Any]:
-    try:
-        found = json.loads((folder / runfolder.SUMMARY).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 def metrics(folder: Path) -> list[dict[str, Any]]:
     """The lines of ``metrics.jsonl`` that end an epoch, in order; none where there is no such file."""
     try:
-        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        lines = (folder / METRICS).read_text(encoding="utf-8").splitlines()
     except OSError:
         return []
     found = [json.loads(line) for line in lines if line.endswith("}")]

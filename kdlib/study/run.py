@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -238,10 +237,8 @@ def _what_failed(error: Exception) -> str:
 def _finished(recipe: Recipe) -> dict[str, float] | None:
     """The last evaluation of a run that is finished, without building anything."""
     runfolder.check_free(recipe)
-    file = recipe.output / runfolder.SUMMARY
-    if not file.exists():
-        return None
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8"))["result"])
-    except (ValueError, KeyError, TypeError):
+        found = runfolder.summary(recipe.output)
+    except ConfigError:
         return None  # the run itself will say what is wrong with it
+    return found and found["result"]

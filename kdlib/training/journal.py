@@ -14,10 +14,10 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ..data import Loader
+from ..files import METRICS
 from . import checkpoint, faults, tracking
 from .state import Place
 
-METRICS = "metrics.jsonl"
 TIMES = ("seconds", "images_per_second", "data_share", "gpu_gib")
 """Keys of a line that differ between two equal runs."""
 LOSS, GRADIENT = ":loss", ":gradient"

@@ -21,6 +21,7 @@ from torch import nn
 from .. import __version__
 from ..config import ConfigError
 from ..data import Data
+from ..files import AVERAGE, CONFIG, STUDENT, SUMMARY
 from ..recipe import Recipe, build
 from ..recipe.weights import load_weights
 from ..yaml12 import YAMLError, dump, parse
@@ -29,8 +30,6 @@ from .lock import LOCK, held
 
 NO_MATTER = ("output", "threads", "log_every", "log_gradients", "save_every", "trackers")
 """Keys that change nothing in what a run computes."""
-CONFIG, SUMMARY = "config.yaml", "summary.json"
-STUDENT, AVERAGE = "student.safetensors", "student_ema.safetensors"
 
 
 def resolved(recipe: Recipe) -> dict[str, Any]:
@@ -121,6 +120,25 @@ def claimed(recipe: Recipe) -> Iterator[None]:
         raise ConfigError([f"output: {error}; wait until it ends, or choose another output=…"]) from None
 
 
+def summary(folder: Path) -> dict[str, Any] | None:
+    """What the finished run in a folder wrote down: ``result``, ``seconds`` and more; None if there is no finished run.
+
+    Raises:
+        ConfigError: it is damaged.
+    """
+    file = folder / SUMMARY
+    if not file.exists():
+        return None
+    try:
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        float(found["result"]["top1"]), float(found["seconds"])
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError(
+            [f"output: {file} is damaged; delete it to finish the run again from its checkpoint"]
+        ) from None
+    return found
+
+
 def finished(recipe: Recipe, student: nn.Module) -> tuple[dict[str, float], float] | None:
     """What the finished run in the folder came to and the seconds it took, its weights loaded into ``student``.
 
@@ -129,18 +147,11 @@ def finished(recipe: Recipe, student: nn.Module) -> tuple[dict[str, float], floa
     Raises:
         ConfigError: it is finished and its summary or weights are damaged.
     """
-    file = recipe.output / SUMMARY
-    if not file.exists():
+    found = summary(recipe.output)
+    if found is None:
         return None
-    try:
-        summary = json.loads(file.read_text(encoding="utf-8"))
-        found = dict(summary["result"]), float(summary["seconds"])
-    except (ValueError, KeyError, TypeError):
-        raise ConfigError(
-            [f"output: {file} is damaged; delete it to finish the run again from its checkpoint"]
-        ) from None
     load_weights(student, recipe.output / STUDENT, "output")
-    return found
+    return found["result"], float(found["seconds"])
 
 
 def open_data(recipe: Recipe, folder: Path, device: torch.device) -> Data:
@@ -165,8 +176,8 @@ def finish(
     if average is not None:
         checkpoint.save_weights(average, recipe.output / AVERAGE)
     made_with = versions(next(student.parameters()).device)
-    summary = {"result": dict(result), "seconds": seconds, "made_with": made_with}
-    checkpoint.write_json(recipe.output / SUMMARY, summary)
+    told = {"result": dict(result), "seconds": seconds, "made_with": made_with}
+    checkpoint.write_json(recipe.output / SUMMARY, told)
 
 
 def versions(device: torch.device) -> dict[str, str]:

@@ -12,12 +12,11 @@ from accelerate.utils import gather_object
 from timm.utils import ModelEmaV3
 
 from ..distiller import Distiller
+from ..files import CHECKPOINTS
 from ..progress import say
 from . import checkpoint, faults, sharding
 from .randomness import random_state, set_random_state
 from .ranks import on_main, share_buffers
-
-CHECKPOINTS = "checkpoints"
 
 
 @dataclass

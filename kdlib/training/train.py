@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..data import Data, with_targets
 from ..distiller import Distiller
+from ..files import BEST
 from ..progress import bar, say
 from ..signals import Stopped, listen
 from ..teacher import Teacher
@@ -28,8 +29,6 @@ from .place import left_as_found
 from .ranks import losses_told, on_main
 from .shield import Shield
 from .state import Place, State
-
-BEST = "student_best.safetensors"
 
 
 @dataclass

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from kdlib import config, recipe, runs
 from kdlib.data import Data
+from kdlib.files import CONFIG, STUDENT
 from kdlib.recipe import weights
 from kdlib.training import runfolder
 from recipes.riformer import gfnet, model
@@ -41,9 +42,9 @@ def read_run(folder: Path, device: torch.device) -> tuple[list[Trained], Data]:
     Raises:
         ConfigError: a folder that holds no run, or one that is not finished, or damaged.
     """
-    file = folder / runfolder.CONFIG
+    file = folder / CONFIG
     if not file.is_file():
-        raise config.ConfigError([f"{folder}: no run is there ({runfolder.CONFIG} is missing); name what run.py made"])
+        raise config.ConfigError([f"{folder}: no run is there ({CONFIG} is missing); name what run.py made"])
     said = config.read([str(file)])
     said.data["output"] = str(folder)  # it may have been moved since
     asked = recipe.load(said)
@@ -104,9 +105,9 @@ def affine_scales(path: Path) -> dict[str, Tensor]:
     Raises:
         ValueError: there is no such file, or no affine mixer in it.
     """
-    file = path / runfolder.STUDENT if path.is_dir() else path
+    file = path / STUDENT if path.is_dir() else path
     if not file.is_file():
-        raise ValueError(f"{path}: holds no {runfolder.STUDENT}; name a finished run's folder or a file of weights")
+        raise ValueError(f"{path}: holds no {STUDENT}; name a finished run's folder or a file of weights")
     name = re.compile(r"(stages\.\d+\.blocks\.\d+)\.token_mixer\.affine\.weight")
     found = {at[1]: value.flatten().float() for key, value in convert(file).items() if (at := name.fullmatch(key))}
     if not found:
