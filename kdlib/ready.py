@@ -15,7 +15,7 @@ from .adapters import Renormalize
 from .config import ConfigError
 from .data import Data
 from .plan import Plan, fit
-from .recipe import Recipe, build, load_children, weights
+from .recipe import Recipe, build, load_children, probe, weights
 from .recipe import schema as recipes
 from .teacher import Panel
 from .training import runfolder, tracking
@@ -119,7 +119,7 @@ def _build(recipe: Recipe, title: str, data: Data, images: Tensor, convert: weig
     if (init := recipe.student.init) is not None and not weights.shared(student, panel[init]):
         raise ConfigError([f"student.init: no tensor of teacher {init!r} has a name and shape of the student's"])
     prepare = build.build_prepare(recipe, data, panel)
-    build.check_answers(recipe, student, panel, prepare, images, len(data.classes))
+    probe.check_answers(recipe, student, panel, prepare, images, len(data.classes))
     try:
         terms = build.build_terms(recipe, student, panel, data.train.batches.images)
         plan = fit(terms, student, panel, images, prepare=prepare)

@@ -18,7 +18,7 @@ from .data import Data
 from .engine import engine, let_go, settle
 from .progress import say
 from .ready import Ready, get_ready
-from .recipe import Recipe, build, weights
+from .recipe import Recipe, build, probe, weights
 from .recipe import schema as recipes
 from .training import faults, runfolder, sharding, tracking
 from .training.evaluation import evaluate
@@ -124,8 +124,8 @@ def _make(ready: Ready, accelerator: Accelerator) -> Outcome:
 
 def _measure(given: Outcome, spec: recipes.Teacher) -> dict[str, float]:
     """How good a teacher is that no run of ours trained; NaN where it tells other classes apart than the data."""
-    logits = build.answer(given.net, next(given.data.test.epoch(0))[0][:1], given.name)
-    if not build.judged(spec, given.student, logits, len(given.data.classes)):
+    logits = probe.answer(given.net, next(given.data.test.epoch(0))[0][:1], given.name)
+    if not probe.judged(spec, given.student, logits, len(given.data.classes)):
         return dict.fromkeys(("top1", "top5", "test_loss"), nan)  # labels may lie beyond its last class
     return evaluate(given.net, given.data.test, given.accelerator)
 

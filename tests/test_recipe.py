@@ -21,7 +21,7 @@ from kdlib import data
 from kdlib.config import ConfigError, Document, read
 from kdlib.distiller import Distiller
 from kdlib.losses import LOSSES, CrossEntropy
-from kdlib.recipe import Recipe, build, json_schema, load, load_children, weights
+from kdlib.recipe import Recipe, build, json_schema, load, load_children, probe, weights
 from kdlib.terms import Term
 from kdlib.training.runfolder import resolved
 from kdlib.yaml12 import dump, parse
@@ -406,7 +406,7 @@ def images() -> data.Data:
 
 def test_models_get_the_classes_and_channels_of_the_data(images: data.Data) -> None:
     student = build.build_model(recipe().student, images, "student")
-    assert build.answer(student, torch.zeros(2, 1, 28, 28), "student").shape == (2, 10)
+    assert probe.answer(student, torch.zeros(2, 1, 28, 28), "student").shape == (2, 10)
     assert student.training
 
 

@@ -13,7 +13,7 @@ import torch
 from kdlib import runs, schedules
 from kdlib.config import read
 from kdlib.dryrun import Nowhere, dry_run
-from kdlib.recipe import Recipe, build, load, load_children, weights
+from kdlib.recipe import Recipe, build, load, load_children, probe, weights
 from kdlib.training.runfolder import beside, resolved
 from recipes.riformer import gfnet, model  # noqa: F401  registers the models
 from recipes.riformer.convert import convert
@@ -41,7 +41,7 @@ def recipe(scale: str, row: str) -> Recipe:
 def remembering(monkeypatch: pytest.MonkeyPatch) -> None:
     """What rows have in common, models and the runs of their teachers, is built and checked once."""
     models, answers, children = {}, {}, {}
-    build_model, answer, get_ready = build.build_model, build.answer, runs.get_ready
+    build_model, answer, get_ready = build.build_model, probe.answer, runs.get_ready
 
     def build_once(spec, data, where):
         key = f"{where} {spec.whole} {data.channels} {len(data.classes)}"
@@ -59,7 +59,7 @@ def remembering(monkeypatch: pytest.MonkeyPatch) -> None:
         return children[key]
 
     monkeypatch.setattr(build, "build_model", build_once)
-    monkeypatch.setattr(build, "answer", answer_once)
+    monkeypatch.setattr(probe, "answer", answer_once)
     monkeypatch.setattr("kdlib.ready.get_ready", check_once)
 
 

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from ..ready import Ready
-from ..recipe.build import judged
+from ..recipe.probe import judged
 from ..recipe.schema import Teacher
 from ..recipe.wording import nearest
 from ..training import runfolder

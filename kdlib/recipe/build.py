@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
-from copy import deepcopy
+from collections.abc import Collection
 
 import timm
 import torch
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
-from torch import Tensor, nn
+from torch import nn
 
 from .. import schedules, terms
 from ..adapters import Renormalize
@@ -18,7 +17,6 @@ from ..config import ConfigError, one_line
 from ..data import Augment, Data
 from ..data import load as load_data
 from ..pairing import Pair, pair
-from ..taps import in_eval
 from ..teacher import Panel
 from .schema import Named, Optimizer, Recipe, Teacher, Term
 from .wording import nearest
@@ -65,82 +63,6 @@ def build_model(spec: Named, data: Data, where: str) -> nn.Module:
                 [f"{where}.{word[1]}: {spec.name} takes no such argument{nearest(word[1], known)}"]
             ) from None
         raise ConfigError([f"{where}: {spec.name} cannot be built from {arguments}: {reason}"]) from None
-
-
-@torch.no_grad()
-def answer(model: nn.Module, images: Tensor, where: str) -> Tensor:
-    """The logits of a model in eval mode; its mode is restored.
-
-    Raises:
-        ConfigError: the model cannot take these images, or answers with something that is no ``(B, classes)``.
-    """
-    try:
-        with in_eval(model):
-            logits = model(images)
-    except Exception as error:  # as above
-        shape = "×".join(map(str, images.shape[1:]))
-        raise ConfigError([f"{where}: the model cannot take images of {shape}: {one_line(error, 200)}"]) from None
-    if not isinstance(logits, Tensor) or logits.ndim != 2:
-        kind = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ConfigError([f"{where}: the model answers with {kind}, not with one score a class; choose another"])
-    return logits
-
-
-def check_answers(
-    recipe: Recipe, student: nn.Module, panel: Panel, prepare: Mapping[str, nn.Module], images: Tensor, classes: int
-) -> None:
-    """Runs each model once by itself, so that a misfit is told by its name.
-
-    Raises:
-        ConfigError: a model that cannot take the images, or whose answer is not over as many classes as needed; a
-            teacher that is to compute in bfloat16 and does not.
-    """
-    found = answer(student, images, "student").shape[1]
-    if found != classes:
-        raise ConfigError([f"student.num_classes: the data have {classes} classes (got {found})"])
-    members = list(recipe.teachers)
-    asked = {theirs for term in recipe.terms.values() for _, theirs in term.compared(members)}
-    for name, spec in recipe.teachers.items():
-        given = prepare[name](images) if name in prepare else images
-        found = answer(panel[name], given, f"teachers.{name}").shape[1]
-        if found != classes and (name in asked or not spec.foreign):
-            raise ConfigError(
-                [f"teachers.{name}.num_classes: the student and the data have {classes} classes (got {found})"]
-            )
-        if not recipe.teacher_autocast:
-            _in_bfloat16(panel[name], given, f"teachers.{name}")
-        own = _trained_on(spec, panel[name], classes)
-        if name in asked and own != classes:
-            raise ConfigError(
-                [
-                    f"teachers.{name}: its pretrained weights tell {own} classes apart, the data have {classes}, so "
-                    "its answer would be noise; tap its features, or give weights: that were trained on these data"
-                ]
-            )
-
-
-def judged(spec: Teacher, model: nn.Module, logits: Tensor, classes: int) -> bool:
-    """Whether a teacher's answer, ``(B, K)``, can be right or wrong: it and its training are over ``classes``.
-
-    A head of so many on timm's weights for other classes is new, and its answer noise.
-    """
-    return logits.shape[1] == classes == _trained_on(spec, model, classes)
-
-
-def _trained_on(spec: Teacher, model: nn.Module, classes: int) -> int:
-    """How many classes timm's weights tell apart; weights from a file or of a run of ours tell those of the data."""
-    timms = spec.foreign and spec.weights is None
-    return (getattr(model, "pretrained_cfg", None) or {}).get("num_classes", classes) if timms else classes
-
-
-@torch.no_grad()
-def _in_bfloat16(model: nn.Module, images: Tensor, where: str) -> None:
-    """Asks a converted copy, for a layer that insists on another precision."""
-    try:
-        deepcopy(model).to(torch.bfloat16).eval()(images.bfloat16())
-    except Exception as error:  # as above
-        what = f"{where} does not compute in bfloat16 throughout: {one_line(error, 200)}"
-        raise ConfigError([f"teacher_autocast: {what}; say teacher_autocast: true"]) from None
 
 
 def of_term(error: Exception) -> str:

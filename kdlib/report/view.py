@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..config import one_line
-from ..recipe.build import judged
+from ..recipe.probe import judged
 from ..results import count_parameters
 from ..training import runfolder
 from ..yaml12 import dump
