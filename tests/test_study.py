@@ -486,9 +486,9 @@ def _visible(name: str) -> str:
     return os.environ[name]
 
 
-def start(folder: Path) -> subprocess.Popen[str]:
+def start(folder: Path, **more: str) -> subprocess.Popen[str]:
     given = [str(folder / "study.yaml"), "--data", str(folder / "scale.yaml"), "--seeds", "1", "--jobs", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | more
     return subprocess.Popen(
         [sys.executable, str(SCRIPT), *given, "--out", str(folder / "out")],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True,
@@ -530,21 +530,28 @@ def test_where_a_study_ends_its_processes_end(tmp_path: Path, number: signal.Sig
 
 @pytest.mark.slow
 def test_killed_between_and_within_rows_it_goes_on_and_ends_the_same(tmp_path: Path) -> None:
-    (tmp_path / "scale.yaml").write_text(SCALE)
+    """A row halts by itself before its second evaluation, so that it is killed after its first epoch however slow the
+    machine is."""
+    (tmp_path / "scale.yaml").write_text(SCALE.replace("\nepochs: 1", "\nepochs: 3"))
     (tmp_path / "study.yaml").write_text(STUDY)
-    for awaited in ("out/metaformer_pool_nano-*/summary.json", "out/soft-*/metrics.jsonl"):
-        process = start(tmp_path)
-        until = time.monotonic() + 120
-        while not list(tmp_path.glob(awaited)):
+    for awaited in ("metaformer_pool_nano-*/summary.json", "soft-0/checkpoints/step-00000004"):
+        process = start(tmp_path, KDLIB_FAULT="evaluate:2:STOP")
+        until = time.monotonic() + 240
+        while not list(tmp_path.glob(f"out/{awaited}")):
             assert process.poll() is None, process.communicate()[0]
             assert time.monotonic() < until, f"no {awaited}"
             time.sleep(0.05)
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
     kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/metaformer_pool_nano-*/summary.json")}
+    log = tmp_path / "out" / "soft-0" / "metrics.jsonl"
+    (first,) = log.read_text().splitlines()
     stopped, _ = (process := start(tmp_path)).communicate(timeout=300)
     assert process.returncode == 0, stopped
     assert {path: path.stat().st_mtime_ns for path in kept} == kept and kept  # finished rows are not run again
+    lines = log.read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in lines] == [1, 2, 3]
+    assert lines[0] == first, "its seconds tell: the first epoch is the one of the process that was killed"
     study = json.loads((tmp_path / "out" / "study.json").read_text())
     assert set(study["top1"]) == {"teacher twin metaformer_pool_nano", "soft", "both"}
     assert all(set(values) == {"0"} for values in study["top1"].values())
