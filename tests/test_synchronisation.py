@@ -5,6 +5,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +43,13 @@ class Waits(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.found: list[str] = []
+        self.entered: dict[str, list[int]] = {}
+        """Where it was paused: after how many batches each method was entered."""
         self.steps, self._paused = 0, 0
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
+    def paused(self, name: str) -> Iterator[None]:
+        self.entered.setdefault(name, []).append(self.steps)
         self._paused += 1
         try:
             yield
@@ -86,7 +90,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> Waits:
         Training: ("_tell", "_conclude", "_begin"), Journal: ("read",), State: ("save", "load"), Guard: ("look",)
     }.items():  # fmt: skip
         for name in names:
-            wrap(owner, name, mode.paused)
+            wrap(owner, name, partial(mode.paused, f"{owner.__name__}.{name}"))
 
     @contextmanager
     def counted() -> Iterator[None]:
@@ -145,15 +149,26 @@ CASES = {
     "mixed images, guarded": {"on_nonfinite": "skip"},
     "memory, accumulated": {"remembers": True, "accumulate": 2},
 }
+SAVES = {"mixed images, guarded": (5, [5, 10]), "memory, accumulated": (2, [4, 8])}
+"""Of each case, the steps between two checkpoints, and after which batches of twelve one is due within an epoch."""
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_no_step_waits_for_the_device(case: str, tmp_path: Path, waits: Waits) -> None:
-    run = training(tmp_path, "cpu", log_every=3, **CASES[case])
+    """And what may wait is entered where a line, a checkpoint or the end of an epoch of six batches is due, only."""
+    save_every, within = SAVES[case]
+    run = training(tmp_path, "cpu", log_every=3, save_every=save_every, **CASES[case])
     with waits:
         run.run()
     assert waits.steps == 12
     assert not waits.found, "\n".join(sorted(set(waits.found)))
+    lines, ends = [3, 6, 9, 12], [6, 12]
+    read = waits.entered.pop("Journal.read")
+    assert sorted(set(read)) == sorted({*lines, *within}) and len(read) == len(lines + within) + 2 * len(ends)
+    assert waits.entered == {
+        "Training._begin": [0], "State.load": [0], "Training._tell": lines, "Training._conclude": ends,
+        "State.save": sorted([0, *within, *ends]), "Guard.look": sorted({*lines, *within}),
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
