@@ -26,6 +26,7 @@ from kdlib.data.from_memory import ArrayLoader
 from kdlib.data.loader import Normalise
 from kdlib.data.samplers import EpochBatches
 from kdlib.data.sources import TimmFiles, image_folder
+from kdlib.data.workers import arrived, by_workers
 
 CLASSES = ("10", "2", "b é")  # lexicographic; a natural order would begin with 2
 TRAIN, VAL = 9, 5  # images of each class
@@ -284,6 +285,35 @@ def test_array_batches_depend_on_the_key_only(augment: Augment) -> None:
     assert same(list(fresh(workers=0).train.epoch(2)), whole)
     assert not same(list(data.train.epoch(3)), whole)
     assert not same(list(fresh(seed=1).train.epoch(2)), whole)
+
+
+class Asked:
+    """Stands for a tensor on the host; notes what it is asked for on its way to a device."""
+
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        self.asked: list[Any] = []
+
+    def pin_memory(self) -> "Asked":
+        self.asked.append("pinned")
+        return self
+
+    def to(self, device: torch.device, **how: Any) -> "Asked":
+        self.asked.append((device.type, how))
+        return self
+
+
+def test_what_goes_to_a_gpu_goes_from_pinned_memory_and_nobody_waits_for_it() -> None:
+    for kind in ("cuda", "cpu"):
+        device, sent = torch.device(kind), (kind, {"non_blocking": True})
+        assert by_workers(device, 0, seed=0)([0, 1]).pin_memory == (kind == "cuda"), "workers' batches"
+        batch: Any = [Asked(), Asked()]
+        found = arrived(batch, 0, 0, device=device, normalise=lambda images: images, finish=None)  # type: ignore[arg-type]
+        assert found == tuple(batch) and all(part.asked == [sent] for part in batch)
+        order: Any = Asked()
+        ArrayLoader._send(order, device)
+        assert order.asked == (["pinned", sent] if kind == "cuda" else [sent]), "indices and draws of a set in memory"
 
 
 @pytest.mark.parametrize("workers", [0, 2])

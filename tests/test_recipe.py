@@ -592,6 +592,17 @@ def test_usual_optimizers_are_built(name: str) -> None:
     assert build.build_optimizer(recipe(f"optimizer.name={name}").optimizer, nn.Linear(2, 2))
 
 
+def test_on_a_gpu_alone_the_optimizer_is_the_fused_one_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch has a fused one for a CPU, too, which lets the test build it."""
+    model, spec = nn.Linear(2, 2), recipe("optimizer.name=adamw").optimizer
+    assert not build.build_optimizer(spec, model).defaults["fused"]
+    monkeypatch.setattr(nn.Parameter, "is_cuda", property(lambda p: p.ndim == 2), raising=False)
+    assert not build.build_optimizer(spec, model).defaults["fused"], "a part of the model is elsewhere"
+    monkeypatch.setattr(nn.Parameter, "is_cuda", property(lambda p: True), raising=False)
+    assert build.build_optimizer(spec, model).defaults["fused"]
+    assert "fused" not in build.build_optimizer(recipe("optimizer.name=lamb").optimizer, model).defaults
+
+
 def test_a_loss_may_hold_another() -> None:
     spec = recipe("terms.soft.loss={name: standardized, loss: {name: dkd, beta: 2.0}}").terms["soft"].loss
     loss = spec.build()

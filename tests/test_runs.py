@@ -595,6 +595,22 @@ def test_several_processes_that_do_not_know_of_each_other_are_refused(
     assert lines(runs.start, plain(folder, tmp_path / "r"))[0].startswith("launch: 2 processes were started, but each")
 
 
+@pytest.mark.parametrize("tf32", [True, False])
+def test_products_are_in_tf32_where_the_recipe_says_so(
+    tf32: bool, monkeypatch: pytest.MonkeyPatch, fresh_state: None
+) -> None:
+    """Both begin with the opposite value, so that what is left as it was shows."""
+    precision, threads = torch.get_float32_matmul_precision(), torch.get_num_threads()
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", not tf32)
+    torch.set_float32_matmul_precision("highest" if tf32 else "high")
+    try:
+        runs.start(load(read([PLAIN, f"tf32={str(tf32).lower()}", f"threads={threads}", "student.name=riformer_nano"])))
+        assert torch.get_float32_matmul_precision() == ("high" if tf32 else "highest")  # linears, attention, losses
+        assert torch.backends.cudnn.allow_tf32 == tf32  # convolutions
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
 @pytest.mark.parametrize(
     ("student", "device", "fsdp", "expected"),
     [
