@@ -46,7 +46,7 @@ AS_SHOWN = [
     "sha256sum resnet34.safetensors",
     "cd recipes/riformer/configs",
     "cd docs",
-    "accelerate launch ../run.py scales/imagenet_final.yaml rows/tab6_m48.yaml --dry-run",
+    "accelerate launch ../run.py scales/imagenet_final_m48.yaml rows/tab6_m48.yaml --dry-run",
     "python recipes/riformer/measure/latency.py --size tiny --depth 2 --pixels 64 --batch 2 --runs 5",
     f"{RIFORMER} my.yaml --dry-run",
 ]
