@@ -12,6 +12,7 @@ import torch
 
 from kdlib import runs, schedules
 from kdlib.config import read
+from kdlib.data import Augment
 from kdlib.dryrun import Nowhere, dry_run
 from kdlib.recipe import Recipe, build, load, load_children, probe, weights
 from kdlib.recipe.schema import Optimizer, Schedule
@@ -163,6 +164,100 @@ IMAGES = {
 }  # fmt: skip
 ADAMW = Optimizer(name="adamw", lr=5e-4, weight_decay=0.05)
 COSINE = Schedule(warmup_epochs=5, warmup_lr=1e-6, min_lr=1e-5)
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if not regime(row)])
+def test_all_ablations_are_trained_alike(row: str) -> None:
+    """The regime of §4, and of Tab. 10 where §4 is silent: RIFormer-S12, 120 epochs, no average, nothing clipped."""
+    config = recipe("imagenet", row)
+    assert config.data == IMAGES and (config.optimizer, config.schedule) == (ADAMW, COSINE)
+    assert (config.epochs, config.accumulate, config.ema, config.baseline) == (120, 1, None, None)
+    assert config.student.name == "riformer" and config.student.arguments.get("variant", "s12") == "s12"
+    assert config.student.arguments["drop_path_rate"] == 0.1
+    if "label" in config.terms:
+        assert config.terms["label"].loss.whole == {"name": "cross_entropy", "label_smoothing": 0.1}
+
+
+def test_the_optimizer_and_the_size_that_are_meant_where_nothing_is_said() -> None:
+    taken = build.build_optimizer(ADAMW, torch.nn.Linear(1, 1)).defaults
+    assert taken["betas"] == (0.9, 0.999) and taken["eps"] == 1e-8
+    augment = Augment(**IMAGES["augment"])
+    assert (augment.switch_prob, augment.mixup_prob) == (0.5, 1) and augment.color_jitter == 0
+    with torch.device("meta"):
+        sizes = [timm.create_model("riformer", **more).state_dict().keys() for more in ({}, {"variant": "s12"})]
+    assert sizes[0] == sizes[1]
+
+
+def test_the_mixers_of_table_1() -> None:
+    for scale in SCALES:
+        for row, mixer in (("tab1_pooling", "pool"), ("tab1_identity", "identity")):
+            found = recipe(scale, row)
+            assert found.student.arguments["token_mixer"] == mixer and found.student.init is None
+            assert {name: (term.loss.name, term.weight) for name, term in found.terms.items()} == {
+                "label": ("cross_entropy", 1)
+            }
+            assert not found.teachers
+
+
+TEACHERS = {
+    "imagenet": {
+        "global": {"name": "gfnet_h_b", "drop_path_rate": 0.4},
+        "windowed": {"name": "swin_base_patch4_window7_224.ms_in22k_ft_in1k", "pretrained": True},
+        "local": {"name": "metaformer_pool", "variant": "m48", "pretrained": True, "drop_path_rate": 0.4},
+        "twin": {"name": "metaformer_pool", "pretrained": True, "drop_path_rate": 0.1},
+    },
+    "fashion_mnist": {
+        "global": {"name": "gfnet_h_micro", "overlap": True},
+        "windowed": {"name": "swin_tiny_patch4_window7_224", "img_size": 64, "window_size": 4, "embed_dim": 32,
+                     "depths": [2, 2, 6, 2], "num_heads": [1, 2, 4, 8]},
+        "local": {"name": "metaformer_pool_micro", "variant": "s24"},
+        "twin": {"name": "metaformer_pool_micro"},
+    },
+}  # fmt: skip
+"""By receptive field, the logit teachers of Table 5 and what stands for them at 64 px; and the one that is imitated."""
+SOFT = {"soft": ("soft_target", 1, 120)}
+IMITATED = {
+    "block": ("feature_mse", 1e-4, 80),
+    "mixer": ("feature_mse", 1e-3, 80),
+    "relation": ("gram_relation", 1, 20),
+}
+"""Loss, weight, and in how many of 120 epochs it is on."""
+
+
+def _terms(row: str) -> dict[str, tuple[str, float, int]]:
+    config = recipe("imagenet", row)
+    return {name: (term.loss.name, term.weight, _epochs(config, name)) for name, term in config.terms.items()}
+
+
+@pytest.mark.parametrize("field", ["global", "windowed", "local"])
+def test_the_teachers_of_table_5(field: str) -> None:
+    assert _terms(f"tab5_{field}") == SOFT and _terms(f"tab5_{field}_imitation") == SOFT | IMITATED
+    for scale in SCALES:
+        models = TEACHERS["imagenet" if scale == "imagenet" else "fashion_mnist"]
+        for row, imitates in ((f"tab5_{field}", False), (f"tab5_{field}_imitation", True)):
+            found = recipe(scale, row)
+            logits = found.terms["soft"].teacher
+            assert found.student.arguments.get("token_mixer", "affine") == "affine" and found.student.init is None
+            expected = {logits: models[field]} | ({"twin": models["twin"]} if imitates else {})
+            assert logits != "twin" and {name: spec.whole for name, spec in found.teachers.items()} == expected
+            for name in set(found.terms) - {"soft"}:
+                assert found.terms[name].teacher == f"twin.{found.terms[name].student}"
+
+
+@pytest.mark.parametrize("row", ["guideline5_with", "guideline5_without", "tab4_80_20_4", "tab5_global_imitation"])
+def test_guideline_5_and_table_4_train_by_the_objective_of_table_5(row: str) -> None:
+    assert _terms(row) == SOFT | IMITATED
+    assert recipe("imagenet", row).terms["soft"].teacher == "wide"
+
+
+def test_table_7_imitates_block_outputs_alone() -> None:
+    """With the identity as mixer, whose outputs there are none of a teacher's to compare with."""
+    assert _terms("tab7_identity_features") == SOFT | {"block": IMITATED["block"]}
+    for scale in SCALES:
+        found = recipe(scale, "tab7_identity_features")
+        assert found.student.arguments["token_mixer"] == "identity" and found.student.init is None
+        assert found.terms["block"] == recipe(scale, "tab5_global_imitation").terms["block"]
+        assert found.terms["soft"].teacher == "wide"
 
 
 def test_gfnet_is_trained_as_its_authors_say() -> None:
