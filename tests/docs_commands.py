@@ -78,15 +78,31 @@ DRY = [
     "accelerate launch recipes/hetero/run.py recipes/hetero/configs/swin_to_riformer.yaml",
     "accelerate launch ../run.py scales/fashion_mnist_5k.yaml rows/tab3_affine_soft.yaml",
     "accelerate launch ../run.py scales/imagenet.yaml rows/tab3_affine_soft.yaml data.root=/path/to/imagenet",
+    "accelerate launch compare.py temperature.yaml --data small.yaml --seeds 3 --jobs 2",
 ]
 """Minutes, ImageNet or several GPUs: executed with ``--dry-run``, which builds all of it and trains nothing."""
+
+READ = [
+    f"{STUDY} ladder --data fashion_mnist_5k --seeds 5 --jobs 16",
+    f"{STUDY} ladder --data fashion_mnist_5k --seeds 5 --jobs 40 {GRAPHS} save_every=800",
+    f"{STUDY} imitation --data fashion_mnist_5k --seeds 5 --jobs 20 {GRAPHS} save_every=800",
+    f"{STUDY} imitation --data fashion_mnist --seeds 3 {LIKE} --jobs 12 {GRAPHS}",
+    f"{STUDY} imitation --data fashion_mnist_5k --seeds 3 --out runs/studies/imitation-1k --jobs 8 {GRAPHS} "
+    "save_every=800 data.limit=1000 epochs=100 eval_every=10 teachers.wide.recipe.epochs=600 "
+    "teachers.wide.recipe.eval_every=100 teachers.twin.recipe.epochs=600 teachers.twin.recipe.eval_every=100",
+    f"{STUDY} imitation --data fashion_mnist_5k_final --seeds 3 --out runs/studies/long {LIKE} --jobs 20 {GRAPHS} "
+    "save_every=800 data.augment.mixup=0.8 data.augment.cutmix=1.0 eval_every=20",
+    f"{STUDY} length --data fashion_mnist_5k --seeds 5 --jobs 40 {GRAPHS} save_every=800",
+    f"{STUDY} teachers --data fashion_mnist_5k --seeds 1 --jobs 10 {GRAPHS}",
+    f"{STUDY} beginning --data fashion_mnist_5k --seeds 5 --jobs 16 {GRAPHS}",
+]
+"""Studies of many rows: read by the study's own command line, every row loaded as a recipe; built by test_study.py."""
 
 HELP = [
     "kdlib pairs resnet18 '{name: resnet34, pretrained: true}'",
     "kdlib pairs '{name: resnet18, pretrained: true}' '{name: resnet34, pretrained: true}' --images photos/ "
     "--out alike.png",
     "kdlib doctor my.yaml",
-    "accelerate launch compare.py temperature.yaml --data small.yaml --seeds 3 --jobs 2",
     "kdlib schema --into my.yaml",
     "kdlib report runs/mine",
     "kdlib export runs/mine --to onnx",
@@ -113,18 +129,6 @@ HELP = [
     "kdlib shards /data/set train='train-*.tar' …",
     "kdlib shards /data/set train='train-*.tar' validation='val-*.tar' --classes names.txt",
     *(f"{FSDP} --fsdp_auto_wrap_policy {policy} run.py" for policy in POLICIES),
-    f"{STUDY} ladder --data fashion_mnist_5k --seeds 5 --jobs 16",
-    f"{STUDY} ladder --data fashion_mnist_5k --seeds 5 --jobs 40 {GRAPHS} save_every=800",
-    f"{STUDY} imitation --data fashion_mnist_5k --seeds 5 --jobs 20 {GRAPHS} save_every=800",
-    f"{STUDY} imitation --data fashion_mnist --seeds 3 {LIKE} --jobs 12 {GRAPHS}",
-    f"{STUDY} imitation --data fashion_mnist_5k --seeds 3 --out runs/studies/imitation-1k --jobs 8 {GRAPHS} "
-    "save_every=800 data.limit=1000 epochs=100 eval_every=10 teachers.wide.recipe.epochs=600 "
-    "teachers.wide.recipe.eval_every=100 teachers.twin.recipe.epochs=600 teachers.twin.recipe.eval_every=100",
-    f"{STUDY} imitation --data fashion_mnist_5k_final --seeds 3 --out runs/studies/long {LIKE} --jobs 20 {GRAPHS} "
-    "save_every=800 data.augment.mixup=0.8 data.augment.cutmix=1.0 eval_every=20",
-    f"{STUDY} length --data fashion_mnist_5k --seeds 5 --jobs 40 {GRAPHS} save_every=800",
-    f"{STUDY} teachers --data fashion_mnist_5k --seeds 1 --jobs 10 {GRAPHS}",
-    f"{STUDY} beginning --data fashion_mnist_5k --seeds 5 --jobs 16 {GRAPHS}",
 ]
 """A GPU, a download, an upload, or runs that the page does not make: ``--help``, in which their options must be."""
 
@@ -149,7 +153,7 @@ COMMANDS: dict[str, str | None] = {
         command: f"{command.partition(': ')[2] if '.md: ' in command else command} {words}"
         for command, words in WITH.items()
     },
-    **{command: f"{command} --dry-run" for command in DRY},
+    **{command: f"{command} --dry-run" for command in [*DRY, *READ]},
     **{command: _help(command) for command in HELP},
     **{f"{EIGHT} {words}": f"{RESNET} {words} --print-config" for words in STREAMS},
 }

@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import ROOT
 from docs_blocks import Block, blocks, is_notebook, pages, toctrees
-from docs_commands import COMMANDS, HELP, INSTALLS, SHORT
+from docs_commands import COMMANDS, HELP, INSTALLS, READ, SHORT
 
 import kdlib
 from kdlib import cli, config, losses, recipe, yaml12
@@ -114,7 +114,10 @@ def run_command(command: str, page: str, capsys: pytest.CaptureFixture[str]) -> 
     name = next((name for name in (f"{page}: {command}", command) if name in COMMANDS), None)
     assert name, f"{page}: {command!r} has no entry in tests/docs_commands.py: say there how it is executed"
     changed = COMMANDS[name]
-    execute(changed if changed is not None else command)
+    with pytest.MonkeyPatch.context() as patch:
+        if command in READ:
+            patch.setattr("kdlib.study.command.dry_run", lambda recipe: None)
+        execute(changed if changed is not None else command)
     if command in HELP:
         told = capsys.readouterr().out
         unknown = [word for word in shlex.split(command) if word.startswith("--") and word not in told]
