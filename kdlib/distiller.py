@@ -147,16 +147,12 @@ class Distiller(nn.Module):
         return sum((p.sum() for p in parameters), start=0.0) * 0.0 if parameters else 0.0
 
     def _value(self, term: Term, seen: Mapping[str, Tensor], targets: Mapping[str, Tensor], images: Size) -> Tensor:
-        mine = [self._mine(term, tap, seen, images) for tap in term.student_taps]
-        extras = [targets[f"@{need}"] for need in term.against if need != "teacher"]
+        sides: list[Any] = [[self._mine(term, tap, seen, images) for tap in term.student_taps]]
         if "teacher" in term.against:
-            theirs = [read(term, 1, targets[pair.teacher], images) for pair in term.pairs]
-            inputs: list[tuple[Any, ...]] = [(s, t, *extras) for s, t in zip(mine, theirs, strict=True)]
-            if term.lists:
-                return term.loss(mine, theirs, *extras)
-        else:
-            inputs = [(s, *extras) for s in mine]
-        values = [term.loss(*given) for given in inputs]
+            sides.append([read(term, 1, targets[pair.teacher], images) for pair in term.pairs])
+        extras = [targets[f"@{need}"] for need in term.against if need != "teacher"]
+        calls = [sides] if term.lists else list(zip(*sides, strict=True))
+        values = [check_number(term, term.loss(*given, *extras)) for given in calls]
         if len(values) == 1:
             return values[0]
         return torch.stack(values).mean() if term.reduce == "mean" else torch.stack(values).sum()
@@ -185,6 +181,21 @@ def read(term: Term, side: int, x: Tensor, images: Size) -> Tensor:
         return view_as(x, term.view, term.layouts()[side] or find_layout(x.shape, images), images)
     except ValueError as error:
         raise ValueError(f"term {term.name!r}, {('student', 'teacher')[side]}: {error}") from None
+
+
+def check_number(term: Term, value: Tensor) -> Tensor:
+    """What a term's loss gave.
+
+    Raises:
+        ValueError: it is not one number.
+    """
+    if not isinstance(value, Tensor) or value.ndim:
+        given = f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(
+            f"term {term.name!r}: its loss gives {given}, not one number, a tensor (); set its reduction='mean', or "
+            "return its .mean()"
+        )
+    return value
 
 
 def _check_targets(live: Sequence[Term], targets: Mapping[str, Tensor]) -> None:

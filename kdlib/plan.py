@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Size, Tensor, nn
 
 from .adapters import build_adapter, find_layout
-from .distiller import read
+from .distiller import check_number, read
 from .taps import Taps, in_eval
 from .teacher import Panel, Teacher
 from .terms import Term, check_terms
@@ -81,7 +81,8 @@ def fit(
 
     Raises:
         ValueError: a layout that cannot be told; a pair of different shapes in a term without an adapter; teacher and
-            student with different numbers of classes; a tap that does not exist.
+            student with different numbers of classes; a tap that does not exist; a loss that fails on its pair, or
+            gives no single number.
     """
     with _untouched_if_it_fails(teacher):
         return _fit(check_terms(terms), student, teacher, images, prepare)
@@ -134,7 +135,9 @@ def _fit(
             theirs.append(t)
         term = replace(term, adapters=adapters, adapter=term.adapter if adapters else None)  # where no shapes differ
         if all(t is not None for t in theirs):
-            _try(term, mine, theirs, teacher)
+            _size(term, mine, theirs, teacher)
+            if term.against == ("teacher",):
+                _rehearse(term, mine, theirs)
         fitted.append(term)
     return Plan(tuple(fitted), tuple(rows))
 
@@ -200,41 +203,47 @@ def _row(term: Term, student: str, teacher: str, s: Tensor, t: Tensor | None, ad
     )
 
 
-def _try(term: Term, mine: list[Tensor], theirs: list[Any], teacher: nn.Module) -> None:
-    """Sizes a learnable loss, and calls a loss of two tensors once, so that a misfit shows before training."""
-    loss = term.loss
-    if hasattr(loss, "fit"):
-        extra = {"head": _head(term, teacher)} if getattr(loss, "wants_head", False) else {}
-        try:
-            for s, t in [(mine, theirs)] if term.lists else zip(mine, theirs, strict=True):
-                loss.fit(s, t, **extra)
-        except ValueError as error:
-            raise ValueError(f"term {term.name!r}: {error}") from None
-    if term.against != ("teacher",):
+def _size(term: Term, mine: list[Tensor], theirs: list[Any], teacher: nn.Module) -> None:
+    """Sizes a loss that learns."""
+    if not hasattr(term.loss, "fit"):
         return
-    training = getattr(loss, "training", False)
-    try:
-        if isinstance(loss, nn.Module):
-            loss.eval()  # no batch statistics move, no mask is drawn
-        with torch.no_grad():
-            if term.lists:
-                loss(mine, theirs)
-            for s, t in [] if term.lists else zip(mine, theirs, strict=True):
-                loss(s, t)
-    except ValueError as error:
-        if term.view == "logits" and mine[0].shape != theirs[0].shape:
-            raise ValueError(
-                f"term {term.name!r}: the student answers {mine[0].shape[-1]} classes, the teacher "
-                f"{theirs[0].shape[-1]}; "
-                "both must tell the same classes apart (num_classes)"
-            ) from None
-        hint = "" if term.adapter else "; adapter='linear' on the term brings channels and grid together"
-        raise ValueError(
-            f"term {term.name!r}, {term.pairs[0].student} against {term.pairs[0].teacher}: {error}{hint}"
-        ) from None
-    finally:
-        if isinstance(loss, nn.Module):
-            loss.train(training)
+    extra = {"head": _head(term, teacher)} if getattr(term.loss, "wants_head", False) else {}
+    for where, s, t in _calls(term, mine, theirs):
+        try:
+            term.loss.fit(s, t, **extra)
+        except ValueError as error:
+            raise ValueError(f"term {term.name!r}, {where}: {error}") from None
+
+
+@torch.no_grad()
+def _rehearse(term: Term, mine: list[Tensor], theirs: list[Any]) -> None:
+    """Calls a loss of two tensors once for each pair, so that a misfit shows before training."""
+    loss = term.loss
+    with in_eval(loss) if isinstance(loss, nn.Module) else nullcontext():  # no statistics move, no mask is drawn
+        for where, s, t in _calls(term, mine, theirs):
+            try:
+                value = loss(s, t)
+            except Exception as error:  # a loss of one's own fails in its own way
+                raise ValueError(_misfit(term, where, s, t, error)) from error
+            check_number(term, value)
+
+
+def _calls(term: Term, mine: list[Tensor], theirs: list[Any]) -> list[tuple[str, Any, Any]]:
+    """(pairs in words, student's side, teacher's side) of each call of the loss."""
+    words = [f"{pair.student} against {pair.teacher}" for pair in term.pairs]
+    return [(", ".join(words), mine, theirs)] if term.lists else list(zip(words, mine, theirs, strict=True))
+
+
+def _misfit(term: Term, where: str, s: Any, t: Any, error: Exception) -> str:
+    differ = not term.lists and s.shape != t.shape
+    if term.view == "logits" and differ:
+        return (
+            f"term {term.name!r}: the student answers {s.shape[-1]} classes, the teacher {t.shape[-1]}; both must tell "
+            "the same classes apart (num_classes)"
+        )
+    view = ", with view='tokens' or 'map'," if term.view == "raw" else " on the term"
+    hint = f"; adapter='linear'{view} brings channels and grid together" if differ and not term.adapter else ""
+    return f"term {term.name!r}, {where}: {error}{hint}"
 
 
 def _head(term: Term, teacher: nn.Module) -> nn.Module:

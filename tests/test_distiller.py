@@ -233,6 +233,20 @@ def test_sum_and_mean_over_pairs(student: nn.Module, teacher: nn.Module, images:
     torch.testing.assert_close(values["sum"], 2 * values["mean"])
 
 
+def test_a_loss_of_lists_against_labels_alone_is_given_lists(
+    student: nn.Module, images: Tensor, labels: Tensor
+) -> None:
+    class Deep(nn.Module):
+        lists, against = True, ("labels",)
+
+        def forward(self, heads: list[Tensor], labels: Tensor) -> Tensor:
+            assert len(heads) == 2
+            return torch.stack([F.cross_entropy(head.flatten(1), labels) for head in heads]).sum()
+
+    term = kd.Term("deep", Deep(), pairs=[kd.Pair("stem", "@labels"), kd.Pair("@output", "@labels")])
+    assert kd.Distiller(student, [term])(images, {"@labels": labels}).loss.requires_grad
+
+
 def test_schedules_move_weights_and_skip_terms(student: nn.Module, teacher: nn.Module, images: Tensor) -> None:
     calls = []
 

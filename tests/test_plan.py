@@ -182,3 +182,52 @@ def test_an_adapter_belongs_to_one_pair(student: nn.Module, wide: nn.Module, ima
         kd.fit([kd.Term("block", FeatureMSE(), pairs=pairs, adapter="linear")], student, wide, images)
     same = [kd.Term("block", FeatureMSE(), pairs=[kd.Pair("stem", "stem")] * 2, adapter="linear")]
     kd.fit(same, student, copy.deepcopy(student), images)  # where none is needed, none is shared
+
+
+def test_a_misfit_names_its_own_pair(student: nn.Module, images: Tensor) -> None:
+    """Not the first of the term; and a loss of one's own, whose error knows neither term nor tap, as well."""
+    narrow = Tiny((6, 10))
+    pairs = kd.pair(student, narrow, "stages.*.blocks.-1")
+    second = r"term 'block', stages\.1\.blocks\.1 against stages\.1\.blocks\.1: "
+    with pytest.raises(ValueError, match=second + r".*\(4, 16, 8\).*; adapter='linear' on the term"):
+        kd.fit([kd.Term("block", FeatureMSE(), pairs=pairs)], student, narrow, images)
+    bare = kd.Term("block", lambda s, t: (s - t).square().mean(), pairs=pairs)
+    with pytest.raises(ValueError, match=second + "The size of tensor a .*; adapter='linear', with view='tokens'"):
+        kd.fit([bare], student, narrow, images)
+    broken = kd.Term("block", lambda s, t: s.oops, pairs=pairs[:1])
+    with pytest.raises(ValueError, match=r"term 'block', stages\.0.*no attribute 'oops'$"):
+        kd.fit([broken], student, narrow, images)
+    both = kd.Term("block", VID(), pairs=pairs[:1]), kd.Term("again", FeatureMSE(), pairs=pairs[:1])
+    loss = kd.fit(both, student, narrow, images).terms[0].loss
+    with pytest.raises(ValueError, match=second + "VID was built for sizes"):
+        kd.fit([kd.Term("block", loss, pairs=pairs[1:])], student, narrow, images)
+
+
+@pytest.mark.parametrize("reduce", ["mean", "sum"])
+def test_a_loss_gives_one_number(student: nn.Module, teacher: nn.Module, images: Tensor, reduce: str) -> None:
+    """Over several pairs a loss of each element was added up in silence."""
+    given = [(nn.MSELoss(reduction="none"), r"a tensor \(4, 6, 8, 8\)"), (lambda s, t: 0.5, "float")]
+    for loss, what in given:
+        for pairs in ([kd.Pair("stem", "stem")], [kd.Pair("stem", "stem")] * 2):
+            terms = [kd.Term("gap", loss, pairs=pairs, reduce=reduce)]
+            with pytest.raises(
+                ValueError, match=f"term 'gap': its loss gives {what}, not one number.*reduction='mean'"
+            ):
+                kd.fit(terms, student, teacher, images)
+            with pytest.raises(ValueError, match=f"term 'gap': its loss gives {what}"):
+                kd.Distiller(student, terms)(images, kd.Teacher(teacher, terms)(images))
+
+
+def test_a_dry_run_leaves_the_modes_of_a_loss(student: nn.Module, teacher: nn.Module, images: Tensor) -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.frozen = nn.BatchNorm1d(5).eval()
+
+        def forward(self, s: Tensor, t: Tensor) -> Tensor:
+            assert not self.training
+            return (self.frozen(s) - t).square().mean()
+
+    loss = Own()
+    kd.fit([kd.Term("own", loss)], student, teacher, images)
+    assert loss.training and not loss.frozen.training
