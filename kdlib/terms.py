@@ -32,7 +32,7 @@ class Term:
     schedule: Schedule = ALWAYS
     """Factor on the weight over training; a term whose factor is 0 is not computed."""
     pairs: Sequence[Pair] = ()
-    """By default the answers of both models, or the student's answer and the labels for a loss against labels only."""
+    """By default the answers of both models. A loss against labels only reads no teacher, whatever is said here."""
     view: str | None = None
     """How the tensors are read; by default what the loss declares, or raw for a loss that declares nothing."""
     layout: str | tuple[str | None, str | None] | None = None
@@ -55,10 +55,10 @@ class Term:
             raise ValueError(f"term {self.name!r}: reduce is 'mean' or 'sum' over pairs, got {self.reduce!r}")
         if not 0 <= self.weight < float("inf"):
             raise ValueError(f"term {self.name!r}: weight must be a finite number from 0 up, got {self.weight}")
-        if not self.pairs:
-            teacher = "@labels" if self.against == ("labels",) else "@output"
-            object.__setattr__(self, "pairs", (Pair("@output", teacher),))
-        object.__setattr__(self, "pairs", tuple(Pair(*pair) for pair in self.pairs))
+        pairs = tuple(Pair(*pair) for pair in self.pairs or [Pair()])
+        if "teacher" not in self.against:  # or a head in the middle, Pair("layer3.fc"), would ask for a teacher
+            pairs = tuple(Pair(mine, "@labels") for mine, _ in pairs)
+        object.__setattr__(self, "pairs", pairs)
         if "indices" in self.against and len(self.pairs) > 1:
             raise ValueError(
                 f"term {self.name!r}: its loss remembers one feature of each image, so it takes one pair, got "
@@ -89,12 +89,14 @@ class Term:
     @property
     def teacher_taps(self) -> tuple[str, ...]:
         """What it reads of the teacher; empty for a loss against labels only."""
-        return tuple(pair.teacher for pair in self.pairs if not pair.teacher.startswith("@labels"))
+        return tuple(pair.teacher for pair in self.pairs if pair.teacher != "@labels")
 
     @property
     def targets(self) -> tuple[str, ...]:
         """The keys that it reads from the targets, extras such as ``"@labels"`` included."""
-        return self.teacher_taps + tuple(f"@{need}" for need in self.against if need != "teacher")
+        extras = [f"@{need}" for need in self.against if need != "teacher"]
+        read = [pair.teacher for pair in self.pairs] if "teacher" in self.against else []
+        return tuple(dict.fromkeys([*read, *extras]))
 
     def layouts(self) -> tuple[str | None, str | None]:
         """The stated layouts of student and teacher."""

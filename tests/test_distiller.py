@@ -247,6 +247,20 @@ def test_a_loss_of_lists_against_labels_alone_is_given_lists(
     assert kd.Distiller(student, [term])(images, {"@labels": labels}).loss.requires_grad
 
 
+def test_a_loss_against_labels_asks_no_teacher_whatever_its_pairs_say(
+    student: nn.Module, images: Tensor, labels: Tensor
+) -> None:
+    aux = kd.Term("aux", CrossEntropy(), pairs=[kd.Pair("head")])
+    assert (aux.teacher_taps, aux.targets, aux.pairs) == ((), ("@labels",), (kd.Pair("head", "@labels"),))
+    own = kd.Term("own", nn.CrossEntropyLoss(), pairs=[kd.Pair("@output", "@labels")])
+    assert (own.teacher_taps, own.targets) == ((), ("@labels",))
+    out = kd.Distiller(student, [aux, own])(images, {"@labels": labels})
+    torch.testing.assert_close(out.terms["aux"], F.cross_entropy(out.logits, labels))
+    torch.testing.assert_close(out.terms["own"], out.terms["aux"])
+    with pytest.raises(ValueError, match="term 'own' reads '@labels', which the targets lack"):
+        kd.Distiller(student, [own])(images, {})
+
+
 def test_schedules_move_weights_and_skip_terms(student: nn.Module, teacher: nn.Module, images: Tensor) -> None:
     calls = []
 
