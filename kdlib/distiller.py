@@ -54,6 +54,7 @@ class Distiller(nn.Module):
         for term in self.terms:
             if term.adapter is not None and not term.adapters:
                 raise ValueError(f"term {term.name!r} asks for adapters that have no size yet; call kdlib.fit first")
+            _check_sized(term)
         losses = {term.name: term.loss for term in self.terms if isinstance(term.loss, nn.Module)}
         self.losses = nn.ModuleDict(losses)
         self.adapters = nn.ModuleDict(
@@ -181,6 +182,16 @@ def read(term: Term, side: int, x: Tensor, images: Size) -> Tensor:
         return view_as(x, term.view, term.layouts()[side] or find_layout(x.shape, images), images)
     except ValueError as error:
         raise ValueError(f"term {term.name!r}, {('student', 'teacher')[side]}: {error}") from None
+
+
+def _check_sized(term: Term) -> None:
+    """Raises where the optimizer would miss what a loss learns."""
+    for part in term.loss.modules() if isinstance(term.loss, nn.Module) else ():
+        if callable(require_fit := getattr(part, "require_fit", None)):
+            try:
+                require_fit()
+            except ValueError as error:
+                raise ValueError(f"term {term.name!r}: {error}; kdlib.fit does it for all terms") from None
 
 
 def check_number(term: Term, value: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Size, Tensor, nn
 
 from .adapters import build_adapter, find_layout
 from .distiller import check_number, read
-from .taps import Taps, in_eval
+from .taps import Taps, in_eval, logits_of
 from .teacher import Panel, Teacher
 from .terms import Term, check_terms
 
@@ -83,6 +83,7 @@ def fit(
         ValueError: a layout that cannot be told; a pair of different shapes in a term without an adapter; teacher and
             student with different numbers of classes; a tap that does not exist; a loss that fails on its pair, or
             gives no single number.
+        RuntimeError: a tap that ``Taps`` refuses; a model that answers with something else than one tensor.
     """
     with _untouched_if_it_fails(teacher):
         return _fit(check_terms(terms), student, teacher, images, prepare)
@@ -134,10 +135,10 @@ def _fit(
             mine.append(adapters[pair.student](s) if pair.student in adapters else s)
             theirs.append(t)
         term = replace(term, adapters=adapters, adapter=term.adapter if adapters else None)  # where no shapes differ
-        if all(t is not None for t in theirs):
+        if "teacher" not in term.against or all(t is not None for t in theirs):
             _size(term, mine, theirs, teacher)
-            if term.against == ("teacher",):
-                _rehearse(term, mine, theirs)
+        if term.against == ("teacher",) and all(t is not None for t in theirs):
+            _rehearse(term, mine, theirs)
         fitted.append(term)
     return Plan(tuple(fitted), tuple(rows))
 
@@ -164,7 +165,7 @@ def _look(student: nn.Module, terms: Sequence[Term], images: Tensor) -> dict[str
             answer, seen = taps.watch(student, images)
     finally:
         taps.remove()
-    return seen | {"@output": answer}
+    return seen | {"@output": logits_of(answer, "student")}
 
 
 def _layouts(
@@ -204,7 +205,7 @@ def _row(term: Term, student: str, teacher: str, s: Tensor, t: Tensor | None, ad
 
 
 def _size(term: Term, mine: list[Tensor], theirs: list[Any], teacher: nn.Module) -> None:
-    """Sizes a loss that learns."""
+    """Sizes a loss that learns; the teacher's side is None for one against labels only."""
     if not hasattr(term.loss, "fit"):
         return
     extra = {"head": _head(term, teacher)} if getattr(term.loss, "wants_head", False) else {}

@@ -12,7 +12,7 @@ from conftest import Tiny, randomise
 from torch import Tensor, nn
 
 import kdlib as kd
-from kdlib.losses import CrossEntropy, FeatureMSE, GramRelation, SoftTarget
+from kdlib.losses import OFD, VID, CrossEntropy, FeatureMSE, GramRelation, SoftTarget
 
 MIXERS = "stages.*.blocks.-1.mixer"
 
@@ -466,3 +466,10 @@ def test_what_is_wrong_says_so(student: nn.Module, teacher: nn.Module, images: T
         kd.Distiller(student.requires_grad_(False), [soft])(images, {"@output": torch.randn(4, 5)})
     with pytest.raises(ValueError, match=r"no size yet; call kdlib\.fit"):
         kd.Distiller(student, [kd.Term("x", FeatureMSE(), pairs=[kd.Pair("stem", "stem")], adapter="linear")])
+
+
+@pytest.mark.parametrize("loss", [VID(), 0.5 * VID(), OFD()], ids=["alone", "summed", "ofd"])
+def test_a_loss_without_its_parameters_is_refused(student: nn.Module, loss: nn.Module) -> None:
+    """The optimizer, made next, would miss them."""
+    with pytest.raises(ValueError, match=r"term 'it': (VID|OFD) has no parameters yet.*kdlib\.fit does it"):
+        kd.Distiller(student, [kd.Term("it", loss, pairs=[kd.Pair("stem", "stem")])])

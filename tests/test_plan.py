@@ -231,3 +231,29 @@ def test_a_dry_run_leaves_the_modes_of_a_loss(student: nn.Module, teacher: nn.Mo
     loss = Own()
     kd.fit([kd.Term("own", loss)], student, teacher, images)
     assert loss.training and not loss.frozen.training
+
+
+def test_a_loss_that_learns_from_labels_alone_is_sized(student: nn.Module, teacher: nn.Module, images: Tensor) -> None:
+    class Probe(nn.Module):
+        view, against = "embedding", ("labels",)
+
+        def fit(self, s: Tensor, t: None) -> None:
+            self.head = nn.Linear(s.shape[1], 5)
+
+        def forward(self, s: Tensor, labels: Tensor) -> Tensor:
+            return nn.functional.cross_entropy(self.head(s), labels)
+
+    terms = [kd.Term("soft", SoftTarget()), kd.Term("probe", Probe(), pairs=[kd.Pair("stages.0.blocks.0")])]
+    plan = kd.fit(terms, student, teacher, images)
+    assert plan.terms[1].loss.head.weight.shape == (5, 6)
+    assert (plan.rows[1].teacher, plan.rows[1].shapes[1]) == ("@labels", ())
+
+
+@pytest.mark.parametrize("taps", ["@output", "stem"])
+def test_a_student_that_answers_with_several_tensors_is_told_so(teacher: nn.Module, images: Tensor, taps: str) -> None:
+    class Several(Tiny):
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            return super().forward(x), x
+
+    with pytest.raises(RuntimeError, match="the student answers with tuple, not one tensor; wrap it"):
+        kd.fit([kd.Term("gap", FeatureMSE(), pairs=[kd.Pair(taps, taps)])], Several(), teacher, images)
