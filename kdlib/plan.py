@@ -112,6 +112,8 @@ def _fit(
     prepare: nn.Module | Mapping[str, nn.Module] | None,
 ) -> Plan:
     hooked = Teacher(teacher, terms, prepare=prepare)
+    for taps in hooked.taps.values():
+        taps.run_on = True
     try:
         targets = hooked(images)
     finally:

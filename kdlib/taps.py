@@ -24,6 +24,10 @@ class EarlyStop(Exception):
     """Ends a forward pass whose taps have all fired; ``Taps`` catches it."""
 
 
+class FiredTwice(RuntimeError):
+    """A tap saw a second tensor in one forward pass."""
+
+
 class Taps:
     """Hooks on ``names`` of ``model``. As a context it gives a dict that one forward pass fills.
 
@@ -48,6 +52,8 @@ class Taps:
         self._sink: dict[str, Tensor] | None = None
         self._versions: dict[str, int] = {}
         self._stop_early = False
+        self.run_on = False
+        """Run a pass that may stop early to its end, as ``fit`` does once, to see whether a tap fires again there."""
         modules = dict(model.named_modules())
         for name in self.names:
             _check(name, modules, type(model).__name__)
@@ -57,8 +63,8 @@ class Taps:
         """``(answer, seen)`` of one forward pass; traceable by ``torch.compile`` as one graph.
 
         Args:
-            stop_early: end the pass once every live tap has fired; the answer is then None. A compiled pass runs on:
-                the compiler removes what nobody uses.
+            stop_early: end the pass once every live tap has fired; the answer is then None, and a tap that would fire
+                again is not noticed. A compiled pass runs on: the compiler removes what nobody uses.
         """
         if torch.compiler.is_compiling():  # Dynamo before torch 2.12 enters no context manager but its own
             self._sink = {}
@@ -87,7 +93,7 @@ class Taps:
         if not isinstance(value, Tensor):
             raise RuntimeError(f"tap {name!r} gave {type(value).__name__}, not a tensor; tap a submodule of it instead")
         if name in self._sink:
-            raise RuntimeError(f"tap {name!r} fired twice in one forward (a shared module?); tap its parent instead")
+            raise FiredTwice(f"tap {name!r} fired twice in one forward (a shared module?); tap its parent instead")
         if torch.compiler.is_compiling() and not torch.is_grad_enabled():
             # a frozen model may write into the tensor later in the pass, and no version tells here: the compiler keeps
             # a copy where that is so, and drops the clone where it is not. A student that does so is refused by fit.
@@ -97,7 +103,10 @@ class Taps:
             if not value.is_inference():
                 self._versions[name] = value._version
             if self._stop_early and len(self._sink) == len(self.live):
-                raise EarlyStop
+                self._check_all(self._sink)
+                if not self.run_on:
+                    raise EarlyStop
+                self._versions = {}  # behind the stop the model may change what it likes
 
     def __enter__(self) -> dict[str, Tensor]:
         self._sink, self._versions = {}, {}
@@ -106,11 +115,14 @@ class Taps:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
-        sink, self._sink, self._stop_early = self._sink or {}, None, False
+        sink, early, self._sink, self._stop_early = self._sink or {}, self._stop_early, None, False
         if kind is None:
             self._check_all(sink)
         self._versions = {}  # a compiled pass, which may follow, would look at them
-        return kind is not None and issubclass(kind, EarlyStop)
+        if kind is None or issubclass(kind, FiredTwice):
+            return False
+        behind = early and self.run_on and len(sink) == len(self.live)  # where no other pass comes to
+        return issubclass(kind, EarlyStop) or (behind and issubclass(kind, Exception))
 
     def _check_all(self, sink: dict[str, Tensor]) -> None:
         if silent := [name for name in self.live if name not in sink]:

@@ -257,3 +257,31 @@ def test_a_student_that_answers_with_several_tensors_is_told_so(teacher: nn.Modu
 
     with pytest.raises(RuntimeError, match="the student answers with tuple, not one tensor; wrap it"):
         kd.fit([kd.Term("gap", FeatureMSE(), pairs=[kd.Pair(taps, taps)])], Several(), teacher, images)
+
+
+class Tail(Tiny):
+    """After its stem it does what no pass that ends there comes to."""
+
+    def __init__(self, tail: str) -> None:
+        super().__init__()
+        self.tail = tail
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        if self.tail == "again":
+            self.stem(torch.zeros_like(x[:, :3]))
+        elif self.tail == "changes":
+            x += 1
+        else:
+            raise IndexError("images of this size have no end")
+        return x.mean((2, 3))
+
+
+def test_a_teachers_tap_that_fires_again_behind_its_early_stop_is_found(student: nn.Module, images: Tensor) -> None:
+    terms = [kd.Term("stem", FeatureMSE(), pairs=[kd.Pair("stem", "stem")])]
+    for model, read in ((Tail("again"), terms), (kd.Panel({"a": Tail("again")}), None)):
+        read = read or [kd.Term("stem", FeatureMSE(), pairs=[kd.Pair("stem", "a.stem")])]
+        with pytest.raises(RuntimeError, match="tap 'stem' fired twice in one forward"):
+            kd.fit(read, student, model, images)
+    for harmless in ("changes", "fails"):
+        assert kd.fit(terms, student, Tail(harmless), images).rows[0].shapes[1] == (4, 64, 6)

@@ -162,6 +162,12 @@ def test_a_frozen_compiled_pass_keeps_what_is_changed_in_place_later(images: Ten
     torch.testing.assert_close(look(images), plain["norm"])
 
 
+def test_what_changes_between_two_taps_is_told_though_the_pass_ends_early(images: Tensor) -> None:
+    model = InPlace().eval()
+    with pytest.raises(RuntimeError, match=r"changed in place after their tap: .'norm'"):
+        Taps(model, ["norm", "act"]).watch(model, images, stop_early=True)
+
+
 def test_taps_fire_in_inference_mode(student: nn.Module, images: Tensor) -> None:
     taps = Taps(student.eval(), ["stages.0.blocks.0"])
     with torch.inference_mode():
