@@ -109,6 +109,10 @@ class Distiller(nn.Module):
         """Term name to weight, without asking the device."""
         return dict(zip((term.name for term in self.terms), self._in_force, strict=True))
 
+    def remove(self) -> None:
+        """Takes the taps off the student, which can then be used as before."""
+        self.taps.remove()
+
     def live(self) -> tuple[str, ...]:
         """The terms that are computed at present."""
         return tuple(self.terms[i].name for i in self._live)

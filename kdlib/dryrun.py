@@ -93,7 +93,7 @@ def _schedule(ready: Ready, world: int) -> Iterator[str]:
     with torch.device("meta"):
         distiller = Distiller(ready.student, ready.plan.terms)
         optimizer = build.build_optimizer(recipe.optimizer, distiller)
-    distiller.taps.remove()
+    distiller.remove()
     scheduler = build.build_scheduler(recipe, optimizer, steps)
     rates = []
     for epoch in sorted({0.0, spec.warmup_epochs, recipe.epochs / 2, recipe.epochs - spec.cooldown_epochs}):

@@ -38,5 +38,6 @@ def engine(ready: Ready, device: torch.device, last: bool) -> tuple[Distiller, T
 
 def let_go(distiller: Distiller, teacher: Teacher | None) -> None:
     """Takes the taps off student and teachers: whoever gets them afterwards gets them without."""
-    for taps in (distiller.taps, *({} if teacher is None else teacher.taps).values()):
-        taps.remove()
+    distiller.remove()
+    if teacher is not None:
+        teacher.remove()

@@ -117,8 +117,7 @@ def _fit(
     try:
         targets = hooked(images)
     finally:
-        for taps in hooked.taps.values():
-            taps.remove()
+        hooked.remove()
     seen = _look(student, terms, images)
     fitted, rows = [], []
     for term in terms:

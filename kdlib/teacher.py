@@ -23,8 +23,10 @@ class Panel(nn.ModuleDict):
 class Teacher(nn.Module):
     """A frozen model, or a ``Panel`` of them, that tells what its taps saw: ``images -> {tap: tensor}``.
 
-    Always in eval mode, without gradients, never in a checkpoint, not one bit of it changes. A model whose answer no
-    live term reads stops after its last live tap; a member of a panel that no live term reads is not run.
+    Always in eval mode, without gradients, never in a checkpoint, not one bit of it changes. A model or member of a panel
+    that somebody calls ``train()`` on is back in eval mode before the next pass; a submodule alone, only by the next
+    ``set_epoch``. A model whose answer no live term reads stops after its last live tap; a member of a panel that no
+    live term reads is not run.
 
     Args:
         model: frozen in place (``eval()``, ``requires_grad_(False)``).
@@ -67,7 +69,13 @@ class Teacher(nn.Module):
             has = "is one model; give the module itself" if "" in self.members else f"has {sorted(self.members)}"
             raise ValueError(f"prepare= names {sorted(unknown)}, the teacher {has}")
         self.prepare = nn.ModuleDict({name or "@": module.eval() for name, module in given.items()})
-        self.taps = {name: Taps(member, self._inside(name)) for name, member in self.members.items()}
+        self.taps: dict[str, Taps] = {}
+        try:
+            for name, member in self.members.items():
+                self.taps[name] = Taps(member, self._inside(name))
+        except ValueError:
+            self.remove()  # of the members before it
+            raise
         self._listen(self.terms)
         self.model.eval().requires_grad_(False).to(memory_format=self.memory_format)  # now that nothing is wrong
         if self.converted:
@@ -99,13 +107,15 @@ class Teacher(nn.Module):
 
     def set_epoch(self, epoch: float, epochs: int) -> None:
         """Listens from now on only to what the terms read that are on at ``epoch`` of ``epochs``."""
+        self.model.eval()
         self._listen([term for term in self.terms if term.weight_at(epoch, epochs) > 0])
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         targets: dict[str, Tensor] = {}
-        if self.model.training:
-            self.model.eval()  # whoever holds the model may have called train(), and batch statistics would move
+        for member in self.members.values():
+            if member.training:
+                member.eval()  # whoever holds it may have called train(), and batch statistics would move
         with self._precision(images.device):
             for name, live in self._live.items():
                 if live:
@@ -136,6 +146,11 @@ class Teacher(nn.Module):
         last = torch.compiler.is_compiling() and self.memory_format is torch.channels_last and value.ndim == 4
         layout = torch.channels_last if last else torch.preserve_format
         return value.to(dtype=self.dtype or value.dtype, memory_format=layout)
+
+    def remove(self) -> None:
+        """Takes the taps off the model, which can then be used as before."""
+        for taps in self.taps.values():
+            taps.remove()
 
     def train(self, mode: bool = True) -> Teacher:
         return self  # a teacher stays in eval mode

@@ -307,6 +307,34 @@ def test_a_teacher_that_somebody_put_into_training_mode_stays_as_it_was(teacher:
     expected, before = ask(images)["@output"], teacher.norm.running_mean.clone()
     teacher.train()
     assert torch.equal(ask(images)["@output"], expected) and torch.equal(teacher.norm.running_mean, before)
+    panel = kd.Teacher(kd.Panel({"a": teacher}), [kd.Term("soft", SoftTarget(), pairs=[kd.Pair("@output", "a")])])
+    teacher.train()  # a member, of which the panel knows nothing
+    assert torch.equal(panel(images)["a"], expected) and torch.equal(teacher.norm.running_mean, before)
+    teacher.norm.train()
+    panel.set_epoch(0, 1)
+    assert torch.equal(panel(images)["a"], expected) and torch.equal(teacher.norm.running_mean, before)
+
+
+def hooks(model: nn.Module) -> int:
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+
+
+def test_taps_come_off_by_one_call_and_a_failure_leaves_none(
+    student: nn.Module, teacher: nn.Module, wide: nn.Module, images: Tensor
+) -> None:
+    panel = kd.Panel({"twin": teacher, "wide": wide})
+    pairs = [kd.Pair("stem", "twin.stem"), kd.Pair("stem:input", "wide.stem:input")]
+    terms = [kd.Term(f"term{i}", FeatureMSE(), pairs=[pair]) for i, pair in enumerate(pairs)]
+    ask, distiller = kd.Teacher(panel, terms), kd.Distiller(student, terms)
+    assert (hooks(panel), hooks(student)) == (2, 2)
+    ask.remove()
+    distiller.remove()
+    assert (hooks(panel), hooks(student)) == (0, 0)
+    misspelt = [terms[0], kd.Term("x", FeatureMSE(), pairs=[kd.Pair("stem", "wide.stm")])]
+    for attempt in (lambda: kd.fit(misspelt, student, panel, images), lambda: kd.Teacher(panel, misspelt)):
+        with pytest.raises(ValueError, match="no tap 'stm'"):
+            attempt()
+    assert (hooks(panel), hooks(student)) == (0, 0)
 
 
 def test_a_muted_term_with_an_adapter_still_reaches_its_parameters(
