@@ -122,6 +122,12 @@ def _keeping_order(x: Tensor) -> Tensor:
     return x if torch.compiler.is_compiling() or not x.requires_grad else _KeepOrder.apply(x)
 
 
+def _resized(x: Tensor, size: tuple[int, int], mode: str) -> Tensor:
+    """Maps or images ``(B, C, H, W)`` on another grid, antialiased, in their precision."""
+    full = x if x.is_cuda else x.to(torch.promote_types(x.dtype, torch.float32))  # CPUs have no kernel for halves
+    return F.interpolate(full, size, mode=mode, align_corners=False, antialias=True).to(x.dtype)
+
+
 class Project(nn.Module):
     """A trained linear map over channels, after the grid was resized where it differs.
 
@@ -147,7 +153,7 @@ class Project(nn.Module):
     def _resize(self, x: Tensor) -> Tensor:
         if self.size is None or tuple(x.shape[-2:]) == self.size:
             return x
-        return F.interpolate(x, self.size, mode="bilinear", align_corners=False, antialias=True)
+        return _resized(x, self.size, "bilinear")
 
     def extra_repr(self) -> str:
         return f"grid={self.grid} -> {self.size}" if self.grid != self.size else ""
@@ -186,7 +192,8 @@ class Renormalize(nn.Module):
     """Turns the student's input into the teacher's: other mean and standard deviation, other resolution.
 
     Images ``(B, C, H, W)``, normalised with ``mean``, ``std``, come out normalised with the teacher's, resized to
-    ``size`` (height, width) if given. Everything is decided here, once; nothing is compared per step.
+    ``size`` (height, width) if given, in the precision in which they came. Everything is decided here, once; nothing is
+    compared per step.
     """
 
     scale: Tensor
@@ -209,8 +216,8 @@ class Renormalize(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         if self.size is not None and tuple(images.shape[-2:]) != self.size:
-            images = F.interpolate(images, self.size, mode="bicubic", align_corners=False, antialias=True)
-        return images * self.scale + self.shift
+            images = _resized(images, self.size, "bicubic")
+        return (images * self.scale + self.shift).to(images.dtype)
 
 
 def _stats(mean: Sequence[float], std: Sequence[float]) -> tuple[Tensor, Tensor]:

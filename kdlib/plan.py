@@ -129,9 +129,8 @@ def _fit(
             t = read(term, 1, targets[pair.teacher], images.shape) if pair.teacher in targets else None
             if t is not None and term.adapter is not None and pair.student not in adapters and s.shape != t.shape:
                 _check_alone(term, pair.student)
-                adapters[pair.student] = build_adapter(term.adapter, str(term.view), s.shape, t.shape, images.shape).to(
-                    images.device
-                )
+                built = build_adapter(term.adapter, str(term.view), s.shape, t.shape, images.shape)
+                adapters[pair.student] = built.to(s.device, s.dtype)
             rows.append(_row(term, pair.student, pair.teacher, s, t, adapters.get(pair.student)))
             mine.append(adapters[pair.student](s) if pair.student in adapters else s)
             theirs.append(t)

@@ -23,10 +23,10 @@ class Panel(nn.ModuleDict):
 class Teacher(nn.Module):
     """A frozen model, or a ``Panel`` of them, that tells what its taps saw: ``images -> {tap: tensor}``.
 
-    Always in eval mode, without gradients, never in a checkpoint, not one bit of it changes. A model or member of a panel
-    that somebody calls ``train()`` on is back in eval mode before the next pass; a submodule alone, only by the next
-    ``set_epoch``. A model whose answer no live term reads stops after its last live tap; a member of a panel that no
-    live term reads is not run.
+    Always in eval mode, without gradients, never in a checkpoint, not one bit of it changes. A model or member of a
+    panel that somebody calls ``train()`` on is back in eval mode before the next pass; a submodule alone, only by the
+    next ``set_epoch``. A model whose answer no live term reads stops after its last live tap; a member of a panel that
+    no live term reads is not run.
 
     Args:
         model: frozen in place (``eval()``, ``requires_grad_(False)``).

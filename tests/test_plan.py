@@ -259,6 +259,36 @@ def test_a_student_that_answers_with_several_tensors_is_told_so(teacher: nn.Modu
         kd.fit([kd.Term("gap", FeatureMSE(), pairs=[kd.Pair(taps, taps)])], Several(), teacher, images)
 
 
+@pytest.mark.parametrize("view", ["tokens", "map", "embedding"])
+@pytest.mark.parametrize("autocast", [False, True], ids=["pure", "autocast"])
+def test_adapters_in_half_precision(
+    student: nn.Module, wide: nn.Module, images: Tensor, view: str, autocast: bool
+) -> None:
+    """On a CPU too, which resizes in float32 only."""
+    if not autocast:
+        student, wide, images = student.bfloat16(), wide.bfloat16(), images.bfloat16()
+    loss = lambda s, t: (s.float() - t.float()).square().mean()  # noqa: E731
+    pairs = [kd.Pair("stages.1.blocks.1", "stages.0.blocks.1")]
+    prepare = kd.Renormalize((0.5,) * 3, (0.2,) * 3, (0.4,) * 3, (0.1,) * 3, size=(8, 8))
+    plan = kd.fit(
+        [kd.Term("up", loss, pairs=pairs, view=view, adapter="linear")], student, wide, images, prepare=prepare
+    )
+    distiller, ask = kd.Distiller(student, plan.terms), kd.Teacher(wide, plan.terms, prepare=prepare)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        distiller(images, ask(images)).loss.backward()
+    own = list(distiller.adapters.parameters())
+    assert own and all(p.grad.any() and p.dtype == images.dtype for p in own)
+
+
+def test_images_are_renormalised_in_their_own_precision(images: Tensor) -> None:
+    bridge = kd.Renormalize((0.5,) * 3, (0.2,) * 3, (0.4,) * 3, (0.1,) * 3, size=(12, 12))
+    exact = bridge(images)
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        made = bridge(images.to(dtype))
+        assert made.dtype == dtype
+        assert (made.float() - exact).norm() < 0.01 * exact.norm()
+
+
 class Tail(Tiny):
     """After its stem it does what no pass that ends there comes to."""
 
