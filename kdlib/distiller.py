@@ -32,8 +32,9 @@ class Distiller(nn.Module):
     """The student and all that is trained with it; ``(images, targets) -> Distilled``.
 
     Everything that trains runs inside this one forward, so DDP, FSDP and ``torch.compile`` see it whole. The weights in
-    force are a buffer: a schedule moves them without a recompilation. A term of weight 0 is not computed; if it owns
-    trained modules, they get a gradient of zero, which DDP needs.
+    force are a buffer: a schedule moves them without a recompilation. A term of weight 0 is not computed, and what it
+    alone trains has no gradient, so that no optimizer moves it; where DDP or a compiled graph makes it zero, see
+    ``idle``.
 
     Args:
         student: the model that learns.
@@ -46,6 +47,8 @@ class Distiller(nn.Module):
     """
 
     weights: Tensor
+    sharded = False
+    """True where FSDP2 holds it, which waits for the gradient of no parameter."""
 
     def __init__(self, student: nn.Module, terms: Sequence[Term], *, dtype: torch.dtype | None = None) -> None:
         super().__init__()
@@ -131,7 +134,7 @@ class Distiller(nn.Module):
         total = logits.new_zeros((), dtype=torch.float32)
         for i, value in zip(self._live, values.values(), strict=True):
             total = total + self.weights[i] * value
-        return Distilled(total + self._idle(), logits, {name: value.detach() for name, value in values.items()})
+        return Distilled(total + self._path(), logits, {name: value.detach() for name, value in values.items()})
 
     def values(self, images: Tensor, targets: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """The student's answer, and each live term before its weight, with its gradient."""
@@ -141,15 +144,37 @@ class Distiller(nn.Module):
         live = [self.terms[i] for i in self._live]
         return logits, {term.name: self._value(term, seen, targets, images.shape) for term in live}
 
-    def _idle(self) -> Tensor | float:
-        """Zero, with a gradient path to what no live term trains, so that no rank waits for it: the trained parts of
-        terms that are off, and, where none reads the answer, the student's last layers."""
+    def idle(self, images: Tensor, targets: Mapping[str, Tensor]) -> list[nn.Parameter]:
+        """The trained parameters that no live term reaches, for a loop to set their ``grad`` to None before each step.
+
+        It is None by itself in one process where nothing is compiled. DistributedDataParallel and a compiled graph make
+        it zero, and an optimizer with weight decay or momentum moves what has a gradient of zero. Ask again where a
+        term begins or ends: it takes a forward and a backward pass, which leave gradients alone and move buffers and
+        random numbers on. Empty where nothing is live.
+        """
+        if not self._live or not self.may_idle():
+            return []
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        total = torch.stack(list(self.values(images, targets)[1].values())).sum()
+        found = torch.autograd.grad(total, trained, allow_unused=True)
+        return [parameter for parameter, gradient in zip(trained, found, strict=True) if gradient is None]
+
+    def may_idle(self) -> list[nn.Parameter]:
+        """Those among which ``idle`` looks: the trained parts of terms that are off, and, where no live term reads the
+        answer, the student."""
         off = [term.name for i, term in enumerate(self.terms) if i not in self._live]
         modules: list[nn.Module] = [held[name] for held in (self.adapters, self.losses) for name in off if name in held]
         if not any("@output" in self.terms[i].student_taps for i in self._live):
             modules.append(self.student)
-        parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
-        return sum((p.sum() for p in parameters), start=0.0) * 0.0 if parameters else 0.0
+        return [p for module in modules for p in module.parameters() if p.requires_grad]
+
+    def _path(self) -> Tensor | float:
+        """Zero, with a gradient path to what may be idle, where other processes wait for its gradient, or where nothing
+        is live and a backward pass must end somewhere."""
+        alone = self.sharded or not (torch.distributed.is_available() and torch.distributed.is_initialized())
+        if self._live and alone:
+            return 0.0
+        return sum((parameter.sum() for parameter in self.may_idle()), start=0.0) * 0.0
 
     def _value(self, term: Term, seen: Mapping[str, Tensor], targets: Mapping[str, Tensor], images: Size) -> Tensor:
         sides: list[Any] = [[self._mine(term, tap, seen, images) for tap in term.student_taps]]

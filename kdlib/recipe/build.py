@@ -162,7 +162,8 @@ def _expects(spec: Teacher, model: nn.Module, data: Data) -> tuple[tuple[float, 
 def build_optimizer(spec: Optimizer, model: nn.Module) -> torch.optim.Optimizer:
     """timm's optimizer; what is one-dimensional, a bias, or named by ``no_weight_decay`` is not decayed.
 
-    On a GPU it is the fused one where torch has it: one kernel a group of parameters.
+    On a GPU it is the fused one where torch has it: one kernel a group of parameters. SGD's is left out: it fails where
+    a parameter gets its first gradient later than others, as what a term trains that begins later.
 
     Raises:
         Exception: of any kind, for an unknown name or an argument that this optimizer does not take.
@@ -170,8 +171,9 @@ def build_optimizer(spec: Optimizer, model: nn.Module) -> torch.optim.Optimizer:
     extras = {name: getattr(spec, name) for name in ("betas", "eps", "momentum") if getattr(spec, name) is not None}
     given = {"opt": spec.name, "lr": spec.lr, "weight_decay": spec.weight_decay, **extras}
     optimizer = create_optimizer_v2(model, **given)
+    fused = "fused" in optimizer.defaults and not isinstance(optimizer, torch.optim.SGD)
     on_gpu = all(p.is_cuda for p in model.parameters())
-    return create_optimizer_v2(model, **given, fused=True) if on_gpu and "fused" in optimizer.defaults else optimizer
+    return create_optimizer_v2(model, **given, fused=True) if on_gpu and fused else optimizer
 
 
 def build_scheduler(recipe: Recipe, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> CosineLRScheduler:

@@ -15,6 +15,7 @@ from ..distiller import Distilled, Distiller
 from ..teacher import Teacher
 from . import compiling
 from .graphs import Graphs, try_graphs
+from .unchanged import unchanged
 
 Batch = tuple[Tensor, dict[str, Tensor]]
 
@@ -40,9 +41,12 @@ class Passes:
         self.modules["student"] = self.distiller
         self.graphs: Graphs | None = None
         self._tried: set[tuple[str, ...]] = set()
+        self._idle: dict[tuple[str, ...], list[nn.Parameter]] = {}
 
     def try_out(self, batch: Callable[[], Batch]) -> list[str]:
         """Compiles and records for the terms that are on, unless they were on before; leaves no other trace.
+
+        Where what these terms do not reach gets a gradient of zero all the same, it finds out what that is.
 
         What cannot be compiled or recorded with them runs as it is from now on: the run does not end for it.
 
@@ -55,7 +59,10 @@ class Passes:
         Raises:
             Exception: whatever a step raises that is not compiled.
         """
-        if (live := self.distiller.live()) in self._tried or (self.mode is None and not self.records):
+        if (live := self.distiller.live()) not in self._idle:
+            zeros = (self.mode is not None or torch.distributed.is_initialized()) and not self.distiller.sharded
+            self._idle[live] = self._find_idle(*batch()) if zeros and self.distiller.may_idle() else []
+        if live in self._tried or (self.mode is None and not self.records):
             return []
         first, self._tried = not self._tried, self._tried | {live}
         if self.accelerator.is_fsdp2:
@@ -80,6 +87,10 @@ class Passes:
             told += [line] if first or not self.records else []
         return told
 
+    def _find_idle(self, images: Tensor, targets: dict[str, Tensor]) -> list[nn.Parameter]:
+        with unchanged([self.distiller], images.device, gradients=False), self.accelerator.autocast():
+            return self.distiller.idle(*self.with_teacher(images, targets))
+
     def forget(self) -> None:
         """The gradients that are there are no longer these."""
         if self.graphs is not None:
@@ -94,6 +105,9 @@ class Passes:
         out = self.backward(images, targets) if self.graphs is None else self.graphs(images, targets, adds)
         if self.mode == "reduce-overhead" and not self.accelerator.sync_gradients:
             compiling.keep_gradients(self.distiller)
+        if self.accelerator.sync_gradients:
+            for parameter in self._idle.get(self.distiller.live(), ()):
+                parameter.grad = None  # it is zero, and would be decayed and averaged all the same
         return out
 
     def backward(self, images: Tensor, targets: dict[str, Tensor]) -> Distilled:

@@ -73,6 +73,7 @@ def shard(
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     again = accelerator.state.fsdp_plugin.reshard_after_forward
     _split(distiller, [f"student.{name}" for name in blocks], mesh, again)
+    distiller.sharded = True
     sharded = dict(distiller.named_parameters())
     for group in optimizer.param_groups:
         group["params"] = [sharded[names[parameter]] for parameter in group["params"]]
