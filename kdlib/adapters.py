@@ -24,14 +24,22 @@ PREFIXES = (0, 1, 2, 4, 5, 8, 16)
 def find_layout(shape: Size, images: Size, prefix: int | None = None) -> str:
     """The layout that a tensor of ``shape`` has, given the shape ``(B, 3, H, W)`` of the images that it came from.
 
+    Of inputs that are no images only ``NC`` is told: in which axis a sequence runs, shapes do not show.
+
     Args:
         prefix: the number of tokens in front of the patches where the model tells it (timm's ``num_prefix_tokens``).
 
     Raises:
         ValueError: no layout fits, or more than one does; the message asks for ``layout=``.
     """
-    if len(shape) == 2:
+    if len(shape) == 2 and shape[0] == images[0]:
         return "NC"
+    if len(images) != 4 or shape[0] != images[0]:
+        what = "which are no images" if len(images) != 4 else f"{images[0]} of them where its first axis has {shape[0]}"
+        raise ValueError(
+            f"the layout of a tensor {tuple(shape)} from inputs {tuple(images)}, {what}, cannot be told; "
+            'say layout="…" on the term (NLC: batch, sequence, channels), or view="raw" to leave it untouched'
+        )
     if len(shape) == 4:
         fits = [n for n, hw in (("NCHW", shape[2:]), ("NHWC", shape[1:3])) if _keeps_aspect(hw[0], hw[1], images)]
     elif len(shape) == 3:

@@ -48,6 +48,21 @@ def test_an_ambiguous_layout_asks(shape: tuple[int, ...]) -> None:
         find_layout(Size(shape), SQUARE)
 
 
+@pytest.mark.parametrize(
+    ("shape", "inputs", "what"),
+    [
+        ((2, 20, 16), (2, 20), "which are no images"),  # token ids: 19 tokens and one more would fit
+        ((6, 32, 500), (6, 1, 4000), "which are no images"),  # a convolution over time
+        ((9, 4, 16), (4, 3, 9, 9), "4 of them where its first axis has 9"),  # sequence first
+        ((8, 10), (2, 3, 64, 64), "2 of them where its first axis has 8"),
+    ],
+)
+def test_what_shapes_do_not_show_is_asked_for(shape: tuple[int, ...], inputs: tuple[int, ...], what: str) -> None:
+    with pytest.raises(ValueError, match=rf"{what}, cannot be told; say layout=.*NLC: batch, sequence, channels"):
+        find_layout(Size(shape), Size(inputs))
+    assert find_layout(Size((inputs[0], 10)), Size(inputs)) == "NC"
+
+
 def test_views_agree_across_layouts() -> None:
     chw = torch.randn(2, 5, 4, 4)
     same = {"NCHW": chw, "NHWC": chw.permute(0, 2, 3, 1), "NLC": chw.flatten(2).mT}
