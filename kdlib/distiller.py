@@ -14,6 +14,7 @@ from torch import Size, Tensor, nn
 
 from .adapters import find_layout, view_as
 from .taps import Taps, logits_of
+from .teacher import TAKEN
 from .terms import Term, check_terms
 
 
@@ -58,11 +59,11 @@ class Distiller(nn.Module):
             if term.adapter is not None and not term.adapters:
                 raise ValueError(f"term {term.name!r} asks for adapters that have no size yet; call kdlib.fit first")
             _check_sized(term)
-        losses = {term.name: term.loss for term in self.terms if isinstance(term.loss, nn.Module)}
+        losses = {_key(term.name): term.loss for term in self.terms if isinstance(term.loss, nn.Module)}
         self.losses = nn.ModuleDict(losses)
         self.adapters = nn.ModuleDict(
             {
-                term.name: nn.ModuleDict({_key(tap): m for tap, m in term.adapters.items()})
+                _key(term.name): nn.ModuleDict({_key(tap): m for tap, m in term.adapters.items()})
                 for term in self.terms
                 if term.adapters
             }
@@ -162,7 +163,7 @@ class Distiller(nn.Module):
     def may_idle(self) -> list[nn.Parameter]:
         """Those among which ``idle`` looks: the trained parts of terms that are off, and, where no live term reads the
         answer, the student."""
-        off = [term.name for i, term in enumerate(self.terms) if i not in self._live]
+        off = [_key(term.name) for i, term in enumerate(self.terms) if i not in self._live]
         modules: list[nn.Module] = [held[name] for held in (self.adapters, self.losses) for name in off if name in held]
         if not any("@output" in self.terms[i].student_taps for i in self._live):
             modules.append(self.student)
@@ -193,7 +194,7 @@ class Distiller(nn.Module):
             x = x.to(self.dtype)  # before the view, so that a compiler finds a convolution's own cast of the map again
         x = read(term, 0, x, images)
         if tap in term.adapters:
-            x = self.adapters[term.name][_key(tap)](x)  # type: ignore[index]
+            x = self.adapters[_key(term.name)][_key(tap)](x)  # type: ignore[index]
         if torch.is_grad_enabled() and not x.requires_grad:
             raise RuntimeError(
                 f"term {term.name!r} trains nothing: student tap {tap!r} carries no gradient (frozen layers, or "
@@ -248,6 +249,6 @@ def _check_targets(live: Sequence[Term], targets: Mapping[str, Tensor]) -> None:
             )
 
 
-def _key(tap: str) -> str:
-    """A tap as a name that a module may have."""
-    return tap.replace(".", "/")
+def _key(name: str) -> str:
+    """A term's name or a tap as a name that a ``ModuleDict`` may give a module: ``values``, say, is a method of it."""
+    return f"{name}/" if name in TAKEN else name.replace(".", "/")

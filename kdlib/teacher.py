@@ -12,9 +12,24 @@ from .losses.base import autocast_off
 from .taps import Taps, logits_of
 from .terms import Term, check_terms
 
+TAKEN = frozenset(dir(nn.ModuleDict()))
+"""Names that no module in a ``ModuleDict`` can have: its own methods and attributes."""
+
 
 class Panel(nn.ModuleDict):
-    """Several teachers as one. The taps of each begin with its name; the bare name is what that teacher answers."""
+    """Several teachers as one. The taps of each begin with its name; the bare name is what that teacher answers.
+
+    Raises:
+        ValueError: a name with a dot, or one that a module has for something else (``TAKEN``).
+    """
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        if name in TAKEN or "." in name:
+            raise ValueError(
+                f"a teacher cannot be called {name!r}: a tap begins with the name and a dot, and names as 'values', "
+                "'type' or 'forward' belong to every panel; choose another"
+            )
+        super().add_module(name, module)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         return {name: member(images) for name, member in self.items()}

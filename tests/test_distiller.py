@@ -527,3 +527,34 @@ def test_a_loss_without_its_parameters_is_refused(student: nn.Module, loss: nn.M
     """The optimizer, made next, would miss them."""
     with pytest.raises(ValueError, match=r"term 'it': (VID|OFD) has no parameters yet.*kdlib\.fit does it"):
         kd.Distiller(student, [kd.Term("it", loss, pairs=[kd.Pair("stem", "stem")])])
+
+
+@pytest.mark.parametrize("name", ["values", "type", "train", "forward", "pop", "training"])
+def test_a_term_may_be_called_as_a_method_of_modules(wide: nn.Module, images: Tensor, name: str) -> None:
+    """So may the submodule that it taps, say the values of an attention."""
+
+    class Student(Tiny):
+        def __init__(self) -> None:
+            super().__init__()
+            self.values = nn.Conv2d(6, 6, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.norm(self.stages[1].down(self.values(self.stem(x)))).mean((2, 3)))
+
+    student = Student()
+    pairs = [kd.Pair("values", "stem"), kd.Pair("stem", "stages.0.blocks.0")]
+    plan = kd.fit([kd.Term(name, FeatureMSE(), pairs=pairs, adapter="linear")], student, wide, images)
+    distiller, ask = kd.Distiller(student, plan.terms), kd.Teacher(wide, plan.terms)
+    out = distiller(images, ask(images))
+    out.loss.backward()
+    assert list(out.terms) == [name] and all(p.grad.any() for p in distiller.adapters.parameters())
+    assert list(distiller.adapters.state_dict()) == [f"{name}/.values/.linear.weight", f"{name}/.stem.linear.weight"]
+    distiller.load_state_dict(distiller.state_dict())
+    distiller.set_weights({name: 0.0})
+    assert len(distiller.may_idle()) == 2 + len(list(student.parameters()))
+
+
+@pytest.mark.parametrize("name", ["values", "pop", "training", "a.b"])
+def test_a_teacher_may_not_be_called_as_a_method_of_modules(teacher: nn.Module, name: str) -> None:
+    with pytest.raises(ValueError, match=f"a teacher cannot be called '{name}'.*choose another"):
+        kd.Panel({name: teacher})

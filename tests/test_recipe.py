@@ -170,6 +170,14 @@ def test_losses_that_cannot_take_mixed_images(loss: str, mix: str, line: str) ->
     assert recipe("terms.soft.loss=cross_entropy", "terms.soft.teacher=null", f"data.augment.{mix}=0.2")
 
 
+def test_a_teacher_may_not_be_called_as_a_method_of_modules_and_a_term_may() -> None:
+    lines = wrong("teachers.values={name: resnet10t, pretrained: true}", "terms.soft.teacher=values")
+    assert lines == [
+        "command line: teachers.values: a teacher cannot be called 'values', as a method of modules is; rename it"
+    ]
+    assert "type" in recipe("terms.type={loss: cross_entropy}").terms
+
+
 def test_what_is_left_out_is_told_and_terms_cannot_be_none() -> None:
     with pytest.raises(ConfigError) as caught:
         load(Document())

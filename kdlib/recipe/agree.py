@@ -15,6 +15,7 @@ from torch import nn
 from .. import schedules
 from ..config import Key, one_line
 from ..losses import LOSSES
+from ..teacher import TAKEN
 from .build import build_optimizer, build_schedule
 from .schema import Loss, Named, Recipe, Term
 from .wording import nearest, short
@@ -61,6 +62,8 @@ def _teachers(recipe: Recipe) -> Iterator[tuple[Key, str]]:
     for name, teacher in recipe.teachers.items():
         if not name.isidentifier():
             yield ("teachers", name), f"a teacher's name is a plain word (got {short(name)})"
+        elif name in TAKEN:
+            yield ("teachers", name), f"a teacher cannot be called {short(name)}, as a method of modules is; rename it"
         if teacher.recipe is None and not teacher.foreign:
             yield (
                 ("teachers", name),

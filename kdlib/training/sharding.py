@@ -93,7 +93,9 @@ def check(distiller: Distiller, optimizer: torch.optim.Optimizer) -> None:
     for name, parameter in distiller.named_parameters():
         if parameter.ndim == 0:
             part, _, inside = name.partition(".")
-            whose = f"term {inside.partition('.')[0]!r}" if part in ("losses", "adapters") else "the student"
+            whose = (
+                f"term {inside.partition('.')[0].rstrip('/')!r}" if part in ("losses", "adapters") else "the student"
+            )
             raise ValueError(
                 f"launch: FSDP2 cannot shard {name} of {whose}, a parameter without dimensions; give it the shape "
                 "(1,), or launch DDP"
