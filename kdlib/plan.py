@@ -82,9 +82,14 @@ def fit(
     Raises:
         ValueError: a layout that cannot be told; a pair of different shapes in a term without an adapter; teacher and
             student with different numbers of classes; a tap that does not exist; a loss that fails on its pair, or
-            gives no single number.
+            gives no single number; one model as both.
         RuntimeError: a tap that ``Taps`` refuses; a model that answers with something else than one tensor.
     """
+    if any(part is student for part in teacher.modules()):
+        raise ValueError(
+            "the student is the teacher, or a part of it, and teachers are frozen; give the teacher a copy, "
+            "copy.deepcopy(student)"
+        )
     with _untouched_if_it_fails(teacher):
         return _fit(check_terms(terms), student, teacher, images, prepare)
 

@@ -3,7 +3,7 @@
 A *tap* names one tensor of a forward pass:
 
     "stages.0.blocks.1.token_mixer"         what that submodule returns
-    "stages.0.blocks.1.token_mixer:input"   what it is given (its first argument)
+    "stages.0.blocks.1.token_mixer:input"   what it is given (its first argument, by place or by name)
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Taps:
         self._stop_early = False
         self.run_on = False
         """Run a pass that may stop early to its end, as ``fit`` does once, to see whether a tap fires again there."""
-        modules = dict(model.named_modules())
+        modules = dict(model.named_modules(remove_duplicate=False))  # a tied module has several names
         for name in self.names:
             _check(name, modules, type(model).__name__)
         self._handles = [self._listen(modules[name.partition(":")[0]], name) for name in self.names]
@@ -78,11 +78,12 @@ class Taps:
 
     def _listen(self, module: nn.Module, name: str) -> RemovableHandle:
         if name.endswith(":input"):
-            return module.register_forward_pre_hook(partial(self._store_input, name))
+            return module.register_forward_pre_hook(partial(self._store_input, name), with_kwargs=True)
         return module.register_forward_hook(partial(self._store_output, name))
 
-    def _store_input(self, name: str, module: nn.Module, args: tuple[object, ...]) -> None:
-        self._store(name, args[0] if args else None)
+    def _store_input(self, name: str, module: nn.Module, args: tuple[object, ...], named: dict[str, object]) -> None:
+        given = [*args, *named.values()]
+        self._store(name, given[0] if given else None)
 
     def _store_output(self, name: str, module: nn.Module, args: tuple[object, ...], output: object) -> None:
         self._store(name, output)

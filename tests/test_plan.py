@@ -330,3 +330,14 @@ def test_a_teachers_tap_that_fires_again_behind_its_early_stop_is_found(student:
             kd.fit(read, student, model, images)
     for harmless in ("changes", "fails"):
         assert kd.fit(terms, student, Tail(harmless), images).rows[0].shapes[1] == (4, 64, 6)
+
+
+def test_a_student_that_is_its_own_teacher_is_refused(student: nn.Module, images: Tensor) -> None:
+    """It would be frozen, and the first step would complain of a student that trains nothing."""
+    wrapped = nn.Sequential(student)
+    for teacher, answer in ((student, "@output"), (kd.Panel({"me": student}), "me"), (wrapped, "@output")):
+        terms = [kd.Term("soft", SoftTarget(), pairs=[kd.Pair("@output", answer)])]
+        with pytest.raises(ValueError, match=r"the student is the teacher.*give the teacher a copy, copy\.deepcopy"):
+            kd.fit(terms, student, teacher, images)
+    assert all(parameter.requires_grad for parameter in student.parameters())
+    kd.fit(terms, student, copy.deepcopy(student), images)

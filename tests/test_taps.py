@@ -91,6 +91,29 @@ def test_deepcopy_and_pickle_give_silent_independent_hooks(student: nn.Module, i
         assert seen["stem"].shape == (4, 6, 8, 8)
 
 
+class Unusual(nn.Module):
+    """Calls modules by keyword, and has one under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(3, 3)
+        self.b = self.a
+        self.act = nn.Tanh()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(input=self.a(input=x))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_arguments_by_name_and_modules_of_two_names(compiled: bool) -> None:
+    model, x = Unusual(), torch.randn(2, 3)
+    taps = Taps(model, ["a:input", "b", "act:input"])
+    look = torch.compile(taps.watch, fullgraph=True, backend="eager") if compiled else taps.watch
+    _, seen = look(model, x)
+    expected = {"a:input": x, "b": model.a(x), "act:input": model.a(x)}
+    assert all(torch.equal(seen[name], value) for name, value in expected.items()) and len(seen) == 3
+
+
 @pytest.mark.parametrize("stop", [False, True])
 def test_early_stop_ends_the_forward_after_the_last_live_tap(student: nn.Module, images: Tensor, stop: bool) -> None:
     ran = []
