@@ -7,8 +7,9 @@ from . import losses
 from .adapters import Project, Renormalize
 from .distiller import Distilled, Distiller
 from .pairing import Pair, pair
-from .plan import Plan, fit
+from .plan import Plan
 from .schedules import Ramp, Window
+from .sizing import fit
 from .taps import Taps
 from .teacher import Panel, Teacher
 from .terms import Term

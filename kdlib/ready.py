@@ -14,9 +14,10 @@ from torch import Tensor
 from .adapters import Renormalize
 from .config import ConfigError
 from .data import Data
-from .plan import Plan, fit
+from .plan import Plan
 from .recipe import Recipe, build, load_children, probe, weights
 from .recipe import schema as recipes
+from .sizing import fit
 from .teacher import Panel
 from .training import runfolder, tracking
 

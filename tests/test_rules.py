@@ -21,7 +21,8 @@ FILES = sorted(path for path in KDLIB.rglob("*.py") if "assets" not in path.part
 FLOORS = {
     "losses": 0, "taps": 0, "pairing": 0, "adapters": 0, "schedules": 0, "yaml12": 0, "progress": 0, "cka": 0,
     "signals": 0, "files": 0,
-    "config": 1, "plugins": 1, "terms": 1, "teacher": 1, "distiller": 1, "plan": 1, "inspect": 1, "__init__": 1,
+    "config": 1, "plugins": 1, "terms": 1, "teacher": 1, "distiller": 1, "plan": 1, "sizing": 1, "inspect": 1,
+    "__init__": 1,
     "data": 2, "recipe": 2, "results": 2, "pairs": 2,
     "training": 3, "ready": 3, "engine": 3, "runs": 3, "dryrun": 3, "models": 3, "export": 3, "doctor": 3,
     "conclude": 3,

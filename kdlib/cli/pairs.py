@@ -63,7 +63,7 @@ def _plan(student: Found, teacher: Found, pairs: tuple[Pair, ...], view: str) ->
     """The plan of these pairs under one term; a teacher of other images gets images of its own size."""
     from ..adapters import Renormalize
     from ..losses import FeatureMSE
-    from ..plan import fit
+    from ..sizing import fit
     from ..terms import Term
 
     bridge = None

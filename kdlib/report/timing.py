@@ -14,8 +14,8 @@ from torch import Tensor
 from ..config import ConfigError
 from ..data import with_targets
 from ..distiller import Distiller
-from ..plan import fit
 from ..recipe import build
+from ..sizing import fit
 from ..teacher import Teacher
 from .opened import Opened, panel
 
