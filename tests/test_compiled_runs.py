@@ -24,6 +24,7 @@ from kdlib.losses import CrossEntropy, FeatureMSE, GramRelation, SoftTarget
 from kdlib.training import compiling, passes
 from kdlib.training.graphs import Graphs
 from kdlib.training.train import Training
+from kdlib.training.unchanged import unchanged
 
 EPOCHS = 4
 
@@ -173,26 +174,54 @@ def test_what_is_tried_out_for_terms_that_begin_leaves_no_trace(tmp_path: Path) 
     assert torch.equal(run.distiller.student.norm.num_batches_tracked, torch.tensor(0))
 
 
+class Recording(Graphs):
+    """Stands for CUDA graphs where no GPU is: plays the plain step, but as a replay must be, for what was live when it
+    was recorded, and in the memory of then."""
+
+    def record(self, images: Tensor, targets: Mapping[str, Tensor]) -> None:
+        for parameter in self._parameters():
+            parameter.grad = None
+        with unchanged(self.modules, images.device, gradients=False):
+            self.step(images, dict(targets))
+        self._key, self._memory = self._told(images, targets), self._places()
+
+    def __call__(self, images: Tensor, targets: Mapping[str, Tensor], adds: bool) -> Distilled:
+        assert self._told(images, targets) == self._key, "to be recorded in the middle of an epoch"
+        assert self._places() == self._memory, "the recording reads and writes what is no longer the run's"
+        for parameter in () if adds else self._parameters():
+            if parameter.grad is not None:
+                parameter.grad.zero_()
+        return self.step(images, dict(targets))
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [parameter for module in self.modules for parameter in module.parameters()]
+
+    def _places(self) -> list[int]:
+        found = [*self._parameters(), *(buffer for module in self.modules for buffer in module.buffers())]
+        return [one.data_ptr() for tensor in found for one in (tensor, tensor.grad) if one is not None]
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch, fails: tuple[str, ...] | None = None) -> list[tuple[str, ...]]:
+    """Puts ``Recording`` in the place of CUDA graphs; gives the list of what it is recorded for."""
+    recorded: list[tuple[str, ...]] = []
+
+    def record(graphs: Graphs, images: Tensor, targets: Mapping[str, Tensor]) -> tuple[Graphs | None, str]:
+        recorded.append(graphs.live())  # type: ignore[arg-type]
+        if graphs.live() == fails:
+            return None, "runs without CUDA graphs"
+        graphs.record(images, targets)
+        return graphs, "recorded"
+
+    monkeypatch.setattr(passes, "Graphs", Recording)
+    monkeypatch.setattr(passes, "try_graphs", record)
+    return recorded
+
+
 @pytest.mark.parametrize("fails", [("soft", "label"), None])
 def test_a_step_that_can_no_longer_be_recorded_runs_as_it_is(
     fails: tuple[str, ...] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Where no GPU is, a recording that plays the plain step stands for it."""
-
-    class Recording(Graphs):
-        def __call__(self, images: Tensor, targets: Mapping[str, Tensor], adds: bool) -> Distilled:
-            assert self.live() == recorded[-1], "recorded in the middle of a step"
-            if not adds:
-                run.optimizer.zero_grad()
-            return self.step(images, dict(targets))
-
-    def record(graphs: Graphs, images: Tensor, targets: Mapping[str, Tensor]) -> tuple[Graphs | None, str]:
-        recorded.append(graphs.live())
-        return (None, "runs without CUDA graphs") if graphs.live() == fails else (graphs, "recorded")
-
-    recorded: list[tuple[str, ...]] = []
-    monkeypatch.setattr(passes, "Graphs", Recording)
-    monkeypatch.setattr(passes, "try_graphs", record)
+    recorded = stand_in(monkeypatch, fails)
     plain = training(tmp_path / "plain", "off", 2)
     plain.run()
     capsys.readouterr()
@@ -205,22 +234,31 @@ def test_a_step_that_can_no_longer_be_recorded_runs_as_it_is(
         assert torch.equal(value, state(plain)[name]), name
 
 
-def test_a_compiled_run_that_was_stopped_ends_as_one_that_was_not(tmp_path: Path) -> None:
-    whole = training(tmp_path / "whole", "default", 2)
+@pytest.mark.parametrize("mode", ["default", "graphs", "compiled-graphs"])
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(
+    mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the second of four epochs, after a checkpoint in its middle; graphs on a GPU: test_graphs.py."""
+    stand_in(monkeypatch)
+    whole = training(tmp_path / "whole", mode, 2)
     whole.run()
-    first = training(tmp_path / "stopped", "default", 2)
-    plain = first._epoch
+    first = training(tmp_path / "stopped", mode, 2)
+    first.save_every, plain = 2, first._step
 
-    def stops() -> None:
-        if first.at.epoch == 2:
+    def step(images: Tensor, targets: dict[str, Tensor]) -> None:
+        if (first.at.epoch, first.at.batch) == (1, 5):
             raise RuntimeError("the machine is gone")
-        plain()
+        plain(images, targets)
 
-    first._epoch = stops  # type: ignore[method-assign]
+    first._step = step  # type: ignore[method-assign]
     with pytest.raises(RuntimeError, match="the machine is gone"):
         first.run()
-    second = training(tmp_path / "stopped", "default", 2)
+    second, begun = training(tmp_path / "stopped", mode, 2), []
+    go_on = second._set_out
+    second._set_out = lambda: begun.append((second.at.epoch, second.at.batch)) or go_on()  # type: ignore
     second.run()
-    assert second.passes.mode == "default"
+    assert begun == [(1, 2)], "step 4 of 12"
+    assert second.passes.mode == (None if mode == "graphs" else "default")
+    assert (second.passes.graphs is None) == (mode == "default")
     for name, value in state(second).items():
         assert torch.equal(value, state(whole)[name]), name

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from accelerate import Accelerator
 from conftest import Tiny, randomise
+from test_synchronisation import CASES, training
 from torch import Tensor
 
 import kdlib as kd
@@ -13,6 +16,7 @@ from kdlib.distiller import Distilled
 from kdlib.losses import CrossEntropy, FeatureMSE, SoftTarget
 from kdlib.training import compiling
 from kdlib.training.graphs import Graphs, try_graphs
+from kdlib.training.train import Training
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 
@@ -91,6 +95,42 @@ def test_a_step_that_reads_a_value_back_runs_as_it_is() -> None:
     found, line = try_graphs(Graphs(backward, [module], tuple), torch.ones(1, 2, device="cuda"), {})
     assert found is None and line.startswith("runs without CUDA graphs, which cannot take its step: ")
     assert torch.equal(torch.rand(4, device="cuda"), expected)  # the step that runs as it is may draw
+
+
+@gpu
+@pytest.mark.parametrize("mode", ["graphs", "compiled-graphs"])
+@pytest.mark.parametrize("case", CASES)
+def test_a_recorded_run_that_was_stopped_ends_as_one_that_was_not(
+    case: str, mode: str, tmp_path: Path, fresh_state: None
+) -> None:
+    """From a checkpoint in the middle of the second of three epochs; a term is over, and the step recorded anew, after
+    it."""
+    torch.backends.cudnn.deterministic = True
+
+    def begin(name: str) -> Training:
+        torch.compiler.reset()
+        run = training(tmp_path / name, "cuda", log_every=100, save_every=4, compile=mode, **CASES[case])
+        run.epochs = 3
+        return run
+
+    (whole := begin("whole")).run()
+    first = begin("stopped")
+    plain = first._step
+
+    def step(images: Tensor, targets: dict[str, Tensor]) -> None:
+        if (first.at.epoch, first.at.batch) == (1, 4):
+            raise RuntimeError("the machine is gone")
+        plain(images, targets)
+
+    first._step = step  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="the machine is gone"):
+        first.run()
+    assert first.passes.graphs is not None, "it was not recorded at all"
+    second = begin("stopped")
+    second.run()
+    assert second.passes.graphs is not None
+    for name, value in whole.distiller.state_dict().items():
+        assert torch.equal(second.distiller.state_dict()[name], value), name
 
 
 def test_without_a_gpu_it_says_so() -> None:
