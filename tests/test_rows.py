@@ -293,6 +293,16 @@ def test_rows_share_their_teachers() -> None:
         assert folders["wide"] and all(len(found) == 1 for found in folders.values() if found), (scale, folders)
 
 
+def test_a_convformer_that_is_not_downloaded_is_trained_once_for_all_sizes() -> None:
+    """Sizes differ in the crop that they are tested on, which would be its own too if it had none."""
+    folders = set()
+    for row in (row for row in ROWS if row.endswith("_finetune")):
+        parts = [HERE / "configs" / kind for kind in (f"scales/{scale_of('imagenet', row)}.yaml", f"rows/{row}.yaml")]
+        config = load(read([*map(str, parts), "teachers.convformer.pretrained=false"]))
+        folders.add(beside(load_children(config)["teachers", "convformer", "recipe"], config).output)
+    assert len(folders) == 1
+
+
 def test_the_student_starts_from_all_that_its_teacher_has_and_from_nothing_else() -> None:
     """Guideline 5: everything but the affine operators."""
     config = recipe("fashion_mnist_5k", "guideline5_with")
