@@ -45,7 +45,12 @@ class Ready:
         if bridge is None:
             return "as the student's"
         size = "" if bridge.size is None else f"{self.data.image_size} → {bridge.size[0]} px"
-        return ", ".join(filter(None, ("normalised anew" if bridge.anew else "", size)))
+        anew = ""
+        if bridge.anew:
+            stats = build.expects(self.recipe, teacher, self.panel, self.data)[:2]
+            mean, std = (", ".join(f"{value:.4g}" for value in values) for values in stats)
+            anew = f"normalised anew: mean ({mean}), std ({std})"
+        return ", ".join(filter(None, (anew, size)))
 
 
 class Seat(Protocol):

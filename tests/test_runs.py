@@ -239,7 +239,8 @@ def test_a_given_teacher_of_other_images_is_measured_on_its_own(
     last = "{loss: feature_mse, student: stages.-1.blocks.-1, teacher: big.stages.-1.blocks.-1, adapter: linear}"
     terms = f"terms={{soft: {{loss: soft_target, teacher: big}}, block: {last}}}"
     outcome = runs.run(plain(folder, tmp_path / "run", teacher, terms, *settings, epochs=1))
-    assert "student: teacher big sees images normalised anew, 28 → 32 px" in capsys.readouterr().out
+    anew = "normalised anew: mean (0.2, 0.3, 0.4), std (0.5, 0.6, 0.7)"
+    assert f"student: teacher big sees images {anew}, 28 → 32 px" in capsys.readouterr().out
     hooks = [m._forward_hooks or m._forward_pre_hooks for m in outcome.teachers["big"].student.modules()]
     assert len(hooks) > 9 and not any(hooks), "it is timed as it came"
     rows = {row.what: row for row in conclude(outcome)}

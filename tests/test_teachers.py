@@ -137,3 +137,31 @@ def test_what_is_wrong_with_a_held_loss_is_one_line(place: Path, held: str, says
                    "terms.soft.loss.name=standardized", f"terms.soft.loss={held}"]))  # fmt: skip
     (line,) = caught.value.lines
     assert says in line
+
+
+HERE = "{name: folder, mean: [0.4, 0.4, 0.4], std: [0.3, 0.3, 0.3]}"
+OWN = "{name: folder, mean: [0.1, 0.2, 0.3], std: [2, 2, 2]}"
+TOLD = {
+    "imagenet": "mean (0.485, 0.456, 0.406), std (0.229, 0.224, 0.225)", "own": "mean (0.1, 0.2, 0.3), std (2, 2, 2)",
+    "as here": None, "gone": "teachers.wide.weights: the data of the run that made them cannot be opened",
+    "not a run": "mean (0.5, 0.5, 0.5), std (0.5, 0.5, 0.5)",
+    "elsewhere": "mean (0.5, 0.5, 0.5), std (0.5, 0.5, 0.5)",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", TOLD)
+def test_weights_of_a_run_get_images_as_the_run_had_them_and_others_as_timm_says(
+    what: str, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = {"own": OWN, "gone": "{name: torch/nowhere}", "imagenet": "{name: folder}"}.get(what, HERE)
+    run = place / "runs" / "big"
+    run.mkdir(parents=True)
+    config = "- no: run" if what == "not a run" else f"student: {{name: test_resnet}}\ndata: {data}"
+    (run / "config.yaml").write_text(config)
+    file = run / ("downloaded.safetensors" if what == "elsewhere" else "student.safetensors")
+    save_file(timm.create_model("test_resnet", num_classes=1000).state_dict(), file)
+    code = dry_run(f"data={HERE}", f"teachers.wide.weights={file}")
+    said = "".join(capsys.readouterr())
+    told = TOLD[what]
+    assert code == (2 if what == "gone" else 0), said
+    assert "anew" not in said if told is None else told in said

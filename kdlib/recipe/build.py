@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from typing import Any
 
 import timm
 import torch
@@ -18,11 +19,14 @@ from ..data import Augment, Data
 from ..data import load as load_data
 from ..pairing import Pair, pair
 from ..teacher import Panel
-from .schema import Named, Optimizer, Recipe, Teacher, Term
+from .schema import Named, Optimizer, Recipe, Term
+from .weights import trained_on
 from .wording import nearest
 
 USUAL = ("in_chans", "num_classes", "drop_rate", "drop_path_rate", "pretrained")
 """Arguments that most models of timm take; a hint for a misspelt one."""
+STATISTICS = ("name", "root", "splits", "classes")
+"""Arguments of the data on which their mean and standard deviation depend, where these are not given."""
 
 
 def open_data(recipe: Recipe, device: torch.device, rank: int, world_size: int) -> Data:
@@ -135,8 +139,8 @@ def build_prepare(recipe: Recipe, data: Data, panel: Panel) -> dict[str, Renorma
         ConfigError: a normalisation of another number of channels than the data's.
     """
     built: dict[str, Renormalize] = {}
-    for name, spec in recipe.teachers.items():
-        mean, std, size = _expects(spec, panel[name], data)
+    for name in recipe.teachers:
+        mean, std, size = expects(recipe, name, panel, data)
         if len(mean) != data.channels or len(std) != data.channels or min(std) <= 0:
             raise ConfigError(
                 [
@@ -150,13 +154,39 @@ def build_prepare(recipe: Recipe, data: Data, panel: Panel) -> dict[str, Renorma
     return built
 
 
-def _expects(spec: Teacher, model: nn.Module, data: Data) -> tuple[tuple[float, ...], tuple[float, ...], int | None]:
-    """Mean, standard deviation and size of the images that a teacher was trained on."""
-    config = getattr(model, "pretrained_cfg", None) or {}
-    own = spec.foreign and len(config.get("mean", ())) == data.channels
-    mean = spec.mean or (tuple(config["mean"]) if own else data.mean)
-    std = spec.std or (tuple(config["std"]) if own else data.std)
-    return mean, std, spec.size
+def expects(
+    recipe: Recipe, name: str, panel: Panel, data: Data
+) -> tuple[tuple[float, ...], tuple[float, ...], int | None]:
+    """Mean, standard deviation and size of the images that a teacher was trained on.
+
+    Raises:
+        ConfigError: its weights are a run's whose data are not there to be measured.
+    """
+    spec = recipe.teachers[name]
+    mean, std = data.mean, data.std
+    if spec.mean is None or spec.std is None:
+        config = getattr(panel[name], "pretrained_cfg", None) or {}
+        if spec.weights is not None and (theirs := trained_on(spec.weights)) is not None:
+            mean, std = _statistics(theirs, recipe.data, data, f"teachers.{name}")
+        elif spec.foreign and len(config.get("mean", ())) == data.channels:
+            mean, std = tuple(config["mean"]), tuple(config["std"])
+    return spec.mean or mean, spec.std or std, spec.size
+
+
+def _statistics(
+    theirs: Mapping[str, Any], ours: Mapping[str, Any], data: Data, where: str
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Those of the data of another run, which are opened only where they neither say them nor are this one's."""
+    try:
+        if theirs.get("mean") is not None:
+            return tuple(map(float, theirs["mean"])), tuple(map(float, theirs["std"]))
+        given = {key: theirs[key] for key in STATISTICS if theirs.get(key) is not None}
+        other = data if all(given.get(key) == ours.get(key) for key in (*STATISTICS, "mean")) else None
+        other = other or load_data(**given, batch_size=1, device="meta")
+    except (KeyError, TypeError, ValueError, OSError) as error:
+        told = f"the data of the run that made them cannot be opened ({one_line(error)})"
+        raise ConfigError([f"{where}.weights: {told}; say how they are normalised by {where}.mean and std"]) from None
+    return other.mean, other.std
 
 
 def build_optimizer(spec: Optimizer, model: nn.Module) -> torch.optim.Optimizer:

@@ -60,7 +60,8 @@ class Teacher(Named):
     recipe: dict[str, Any] | None = None
     """The recipe that trains it, over this one's data and seed; ``{base: teacher.yaml}`` names a file."""
     mean: tuple[Number, ...] | None = None
-    """Normalisation that it expects; by default its own where weights were given, else the data's."""
+    """Normalisation that it expects. By default that of the run in whose folder ``weights`` lie; of other weights, what
+    timm says of the model; without any, the data's."""
     std: tuple[Number, ...] | None = None
     size: Count | None = None
     """Side in pixels of the square images that it expects, where it differs from the data's."""

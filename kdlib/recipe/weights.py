@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..config import ConfigError, one_line
 from ..files import STUDENT
+from ..yaml12 import YAMLError, parse
 from .wording import short
 
 Convert = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
@@ -101,6 +102,16 @@ def digest(path: Path) -> str:
     """SHA-256 of a file, hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def trained_on(path: Path) -> Mapping[str, Any] | None:
+    """``data`` of the run in whose folder a file of weights lies; None where it lies in no such folder."""
+    try:  # by the file's name besides: the config of what is about to run may lie beside a file from anywhere
+        config = parse((path.parent / "config.yaml").read_text("utf-8")) if path.name.startswith("student") else None
+    except (OSError, UnicodeDecodeError, YAMLError):
+        return None
+    data = config.get("data") if isinstance(config, dict) and "student" in config else None
+    return data if isinstance(data, dict) else None
 
 
 def shared(student: nn.Module, teacher: nn.Module) -> list[str]:
