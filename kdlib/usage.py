@@ -98,7 +98,9 @@ def _kind(field: dict[str, Any]) -> str:
 def _short(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(_short, value))
-    return f"{value:.4g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)
+    if isinstance(value, float):  # as YAML must write it: a moment of 1 is an epoch, one of 1.0 the whole run
+        return str(float(f"{value:.4g}"))
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _wrapped(text: str, indent: str, width: int) -> list[str]:

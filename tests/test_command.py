@@ -68,6 +68,13 @@ def test_help_of_a_recipe_is_as_wide_as_the_terminal_too(monkeypatch: pytest.Mon
         assert "130 after Ctrl-C, 143 after SIGTERM" in " ".join(" ".join(lines).split())
 
 
+def test_help_writes_a_default_as_a_config_must() -> None:
+    lines = {line.split()[0]: line for line in usage(Path("default.yaml")).splitlines() if line.startswith("  ")}
+    for key, default in {"until": 1.0, "start": 0, "min_lr": 1e-5, "epochs": 10}.items():
+        told = yaml12.parse(re.search(r"\[(.+?)\]", lines[key])[1])
+        assert told == default and type(told) is type(default), lines[key]
+
+
 def test_what_the_help_names_for_python_is_there_after_import_kdlib(ask) -> None:
     for verb in cli.VERBS:
         named = re.findall(
