@@ -69,10 +69,10 @@ def test_help_of_a_recipe_is_as_wide_as_the_terminal_too(monkeypatch: pytest.Mon
 
 
 def test_help_writes_a_default_as_a_config_must() -> None:
-    lines = {line.split()[0]: line for line in usage(Path("default.yaml")).splitlines() if line.startswith("  ")}
+    shown = dict(re.findall(r"^  (\w+) \([^)]+\) \[(.+?)\]", usage(Path("default.yaml")), re.M))
     for key, default in {"until": 1.0, "start": 0, "min_lr": 1e-5, "epochs": 10}.items():
-        told = yaml12.parse(re.search(r"\[(.+?)\]", lines[key])[1])
-        assert told == default and type(told) is type(default), lines[key]
+        told = yaml12.parse(shown[key])
+        assert told == default and type(told) is type(default), key
 
 
 def test_what_the_help_names_for_python_is_there_after_import_kdlib(ask) -> None:

@@ -514,10 +514,14 @@ def test_a_finished_runs_folder_is_told_its_file(tmp_path: Path) -> None:
         ("other shapes", "w.pth", "holds another model: weight is (3, 4), the model's is (3, 2); choose the model"),
         ("a number", "w.pth", "holds no state dict"),
         ("a list", "w.pth", "holds no state dict"),
-        ("an epoch beside", "w.pth", "holds no state dict"),
+        ("an epoch beside", "w.pth", "holds no state dict (names to tensors) but 'weight, bias, epoch'; save"),
         ("numbers as names", "w.pth", "holds no state dict"),
         ("not a number", "w.pth", "bias holds NaN or infinity"),
-        ("a model", "w.pth", "holds more than tensors"),
+        (
+            "a model",
+            "w.pth",
+            "Unsupported global: GLOBAL torch.nn.modules.linear.Linear was not an allowed global by def",
+        ),
         ("a link to a device", "w.pth", "no file "),
         ("a link to a device", "w.safetensors", "no file "),
         ("an archive that leads away", "w.pth", "is corrupt, or holds more than tensors"),
@@ -536,13 +540,17 @@ def test_weights_that_do_not_fit_are_one_line_and_run_no_code(
     with pytest.raises(ConfigError) as caught:
         weights.load_weights(model, path, "student.weights")
     (line,) = caught.value.lines
-    assert line.startswith("student.weights: ") and str(path) in line and says in line
+    assert line.startswith("student.weights: ") and str(path) in line and says in line and line.isprintable()
     assert not mark.exists() and not (tmp_path.parent / "ran").exists() and torch.equal(model.weight, before)
 
 
 def test_weights_may_be_wrapped_and_may_need_converting(tmp_path: Path) -> None:
     expected = nn.Linear(2, 3)
-    for number, content in enumerate(({"state_dict": expected.state_dict()}, {"model": expected.state_dict()})):
+    state = expected.state_dict()
+    told = [{"epoch": 3, entry: state} for entry in ("state_dict", "model", "model_state_dict", "net")]
+    wrapped = [{"module." + name: value for name, value in state.items()}]  # of DistributedDataParallel
+    wrapped += [{"_orig_mod." + name: value for name, value in wrapped[0].items()}]  # compiled besides
+    for number, content in enumerate([*told, *wrapped, {"state_dict": wrapped[0], "optimizer": {}}]):
         torch.save(content, tmp_path / f"{number}.pth")
         model = nn.Linear(2, 3)
         weights.load_weights(model, tmp_path / f"{number}.pth", "w")

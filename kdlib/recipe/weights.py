@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from ..files import STUDENT
 from ..yaml12 import YAMLError, parse
 from .wording import short
 
+ENTRIES = ("state_dict", "model_state_dict", "model", "net")
+"""Under which trainings save a model's state dict beside other things; the first that is there counts."""
 Convert = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 """Turns a checkpoint of foreign names into the state dict of a model here; ValueError if it does not know it."""
 
@@ -38,6 +40,7 @@ def load_weights(
         )
     state = read_weights(path, where)
     own = model.state_dict()
+    state = _bare(state, own)
     if convert is not None and set(state) != set(own):
         try:
             state = convert(state)
@@ -67,7 +70,7 @@ def load_weights(
 
 
 def read_weights(path: Path, where: str) -> Mapping[str, Tensor]:
-    """The tensors of a safetensors or torch file, outermost ``state_dict`` or ``model`` wrapper removed.
+    """The tensors of a safetensors or torch file; of a training's checkpoint, the entry that holds the weights.
 
     Raises:
         ConfigError: a file that is missing, corrupt, or holds more than tensors.
@@ -81,21 +84,34 @@ def read_weights(path: Path, where: str) -> Mapping[str, Tensor]:
             return load_file(path)
         state: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # both raise many kinds for a broken or unsafe file
-        reason = " ".join(str(error).split("\n")[0].split())[:120]
+        # torch tells first, at length, how to run the file all the same, and what is in it last
+        told = str(error).rpartition("WeightsUnpickler error: ")[2].split("\n")[0]
+        reason = " ".join(told.partition(". ")[0].split())[:120]
         raise ConfigError(
             [
                 f"{where}: {path} is corrupt, or holds more than tensors ({type(error).__name__}: {reason}); "
                 "save the state dict alone, best as safetensors"
             ]
         ) from None
-    for wrapper in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
+    for entry in ENTRIES:
+        if isinstance(state, dict) and isinstance(state.get(entry), dict):
+            state = state[entry]
     if not isinstance(state, dict) or not all(
         isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
     ):
-        raise ConfigError([f"{where}: {path} holds no state dict (names to tensors); save model.state_dict()"])
+        there = f" but {short(', '.join(map(str, state)))}" if isinstance(state, dict) else ""
+        raise ConfigError([f"{where}: {path} holds no state dict (names to tensors){there}; save model.state_dict()"])
     return state
+
+
+def _bare(state: Mapping[str, Tensor], own: Container[str]) -> Mapping[str, Tensor]:
+    """Without what DistributedDataParallel, torch.compile or a module around the model put before each of its names."""
+    bare = state
+    while not any(name in own for name in bare):
+        if len({name.partition(".")[0] for name in bare}) != 1 or not all("." in name for name in bare):
+            return state
+        bare = {name.partition(".")[2]: tensor for name, tensor in bare.items()}
+    return bare
 
 
 def digest(path: Path) -> str:
