@@ -32,29 +32,35 @@ def find_layout(shape: Size, images: Size, prefix: int | None = None) -> str:
     Raises:
         ValueError: no layout fits, or more than one does; the message asks for ``layout=``.
     """
-    if len(shape) == 2 and shape[0] == images[0]:
-        return "NC"
-    if len(images) != 4 or shape[0] != images[0]:
-        what = "which are no images" if len(images) != 4 else f"{images[0]} of them where its first axis has {shape[0]}"
-        raise ValueError(
-            f"the layout of a tensor {tuple(shape)} from inputs {tuple(images)}, {what}, cannot be told; "
-            'say layout="…" on the term (NLC: batch, sequence, channels), or view="raw" to leave it untouched'
-        )
-    if len(shape) == 4:
-        fits = [n for n, hw in (("NCHW", shape[2:]), ("NHWC", shape[1:3])) if _keeps_aspect(hw[0], hw[1], images)]
-    elif len(shape) == 3:
-        fits = [f"NLC+{p}" if p else "NLC" for p in PREFIXES if p < shape[1] and _grid(shape[1] - p, images)]
-        likely = (f"NLC+{prefix}" if prefix else "NLC", "NLC+1")  # as told, or no prefix, or a class token alone
-        fits = next(([layout] for layout in likely if layout in fits), fits)
-    else:
-        fits = []
+    fits = fitting_layouts(shape, images, prefix)
     if len(fits) == 1:
         return fits[0]
-    found = f"it could be {' or '.join(fits)}" if fits else "none of NC, NLC, NLC+k, NCHW, NHWC fits"
+    if len(images) != 4:
+        what = f"inputs {tuple(images)}, which are no images, cannot be told"
+    elif shape[0] != images[0]:
+        what = f"{images[0]} images cannot be told: its first axis, {shape[0]}, is not theirs"
+    else:
+        found = f"it could be {' or '.join(fits)}" if fits else "none of NC, NLC, NLC+k, NCHW, NHWC fits"
+        what = f"images of {images[-2]}×{images[-1]} cannot be told: {found}"
     raise ValueError(
-        f"the layout of a tensor {tuple(shape)} from images of {images[-2]}×{images[-1]} cannot be told: {found}; "
-        'say layout="…" on the term, or view="raw" to leave it untouched'
+        f'the layout of a tensor {tuple(shape)} from {what}; say layout="…" on the term (NLC: batch, sequence, '
+        'channels), or view="raw" to leave it untouched'
     )
+
+
+def fitting_layouts(shape: Size, images: Size, prefix: int | None = None) -> list[str]:
+    """All that ``find_layout`` would choose from; empty where nothing fits."""
+    if shape[0] != images[0]:
+        return []
+    if len(shape) == 2:
+        return ["NC"]
+    if len(images) == 4 and len(shape) == 4:
+        return [n for n, hw in (("NCHW", shape[2:]), ("NHWC", shape[1:3])) if _keeps_aspect(hw[0], hw[1], images)]
+    if len(images) == 4 and len(shape) == 3:
+        fits = [f"NLC+{p}" if p else "NLC" for p in PREFIXES if p < shape[1] and _grid(shape[1] - p, images)]
+        likely = (f"NLC+{prefix}" if prefix else "NLC", "NLC+1")  # as told, or no prefix, or a class token alone
+        return next(([layout] for layout in likely if layout in fits), fits)
+    return []
 
 
 def _keeps_aspect(height: int, width: int, images: Size) -> bool:
@@ -140,8 +146,9 @@ class Project(nn.Module):
     """A trained linear map over channels, after the grid was resized where it differs.
 
     Reads embeddings ``(B, C)``, tokens ``(B, N, C)`` or maps ``(B, C, H, W)`` and returns the same view with
-    ``c_out`` channels and, for tokens and maps, the grid ``size``. Without bias: the loss sees features whose mean the
-    student can move itself.
+    ``c_out`` channels and, for maps, the grid ``size``. Tokens that need another grid come as a map (``adapt``): of
+    themselves they do not show which grid they had. Without bias: the loss sees features whose mean the student can
+    move itself.
     """
 
     def __init__(
@@ -154,17 +161,33 @@ class Project(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.ndim == 4:
             return self.linear(self._resize(x).movedim(1, -1)).movedim(-1, 1)
-        if x.ndim == 3 and self.grid != self.size and self.grid is not None:
-            x = rearrange(self._resize(rearrange(x, "b (h w) c -> b c h w", h=self.grid[0])), "b c h w -> b (h w) c")
         return self.linear(x)
 
     def _resize(self, x: Tensor) -> Tensor:
         if self.size is None or tuple(x.shape[-2:]) == self.size:
             return x
+        height, width = x.shape[-2:]
+        if self.grid is not None and not _keeps_aspect(height, width, Size(self.grid)):
+            raise ValueError(
+                f"the adapter was sized for a grid of {self.grid[0]}×{self.grid[1]}, these images make one of "
+                f"{height}×{width}: the teacher's would turn as well; give all images one aspect ratio"
+            )
         return _resized(x, self.size, "bilinear")
 
     def extra_repr(self) -> str:
         return f"grid={self.grid} -> {self.size}" if self.grid != self.size else ""
+
+
+def adapt(adapter: nn.Module, x: Tensor, view: str, layout: str, images: Size) -> Tensor:
+    """A student's tensor of ``layout`` as ``view``, brought to the teacher's shape by ``adapter``.
+
+    Raises:
+        ValueError: as ``view_as``.
+    """
+    if view == "tokens" and isinstance(adapter, Project) and adapter.grid != adapter.size:
+        return rearrange(adapter(view_as(x, "map", layout, images)), "b c h w -> b (h w) c")
+    brought: Tensor = adapter(view_as(x, view, layout, images))
+    return brought
 
 
 Adapter = str | Callable[[Size, Size], nn.Module]
@@ -186,7 +209,8 @@ def build_adapter(kind: Adapter, view: str, student: Size, teacher: Size, images
     if view == "map":
         return Project(student[1], teacher[1], _pair(student[2:]), _pair(teacher[2:]))
     if view == "tokens":
-        return Project(student[2], teacher[2], _grid(student[1], images), _grid(teacher[1], images))
+        grids = [_grid(shape[1], images) if len(images) == 4 else None for shape in (student, teacher)]
+        return Project(student[2], teacher[2], *grids)
     if view in ("embedding", "logits"):
         return Project(student[1], teacher[1])
     raise ValueError(f"adapter='linear' needs view='tokens', 'map' or 'embedding', got {view!r}")

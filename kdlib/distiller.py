@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Size, Tensor, nn
 
-from .adapters import find_layout, view_as
+from .adapters import adapt, find_layout, view_as
 from .taps import Taps, logits_of
 from .teacher import TAKEN
 from .terms import Term, check_terms
@@ -190,26 +190,28 @@ class Distiller(nn.Module):
 
     def _mine(self, term: Term, tap: str, seen: Mapping[str, Tensor], images: Size) -> Tensor:
         x = seen[tap]
-        if self.dtype is not None and tap not in term.adapters and tap != "@output":
-            x = x.to(self.dtype)  # before the view, so that a compiler finds a convolution's own cast of the map again
-        x = read(term, 0, x, images)
-        if tap in term.adapters:
-            x = self.adapters[_key(term.name)][_key(tap)](x)  # type: ignore[index]
-        if torch.is_grad_enabled() and not x.requires_grad:
+        if torch.is_grad_enabled() and not x.requires_grad:  # of an adapter alone it would still have one
             raise RuntimeError(
-                f"term {term.name!r} trains nothing: student tap {tap!r} carries no gradient (frozen layers, or "
+                f"term {term.name!r} trains nothing of the student: tap {tap!r} carries no gradient (frozen layers, or "
                 "reentrant activation checkpointing)"
             )
-        return x
+        if tap in term.adapters:
+            return read(term, 0, x, images, self.adapters[_key(term.name)][_key(tap)])  # type: ignore[index]
+        if self.dtype is not None and tap != "@output":
+            x = x.to(self.dtype)  # before the view, so that a compiler finds a convolution's own cast of the map again
+        return read(term, 0, x, images)
 
 
-def read(term: Term, side: int, x: Tensor, images: Size) -> Tensor:
-    """A tapped tensor as the term's view; ``side`` is 0 for the student's, 1 for the teacher's."""
+def read(term: Term, side: int, x: Tensor, images: Size, adapter: nn.Module | None = None) -> Tensor:
+    """A tapped tensor as the term's view, and adapted; ``side`` is 0 for the student's, 1 for the teacher's."""
     if term.view == "raw":
-        return x
+        return x if adapter is None else adapter(x)
     assert term.view is not None
     try:
-        return view_as(x, term.view, term.layouts()[side] or find_layout(x.shape, images), images)
+        layout = term.layouts()[side] or find_layout(x.shape, images)
+        return (
+            view_as(x, term.view, layout, images) if adapter is None else adapt(adapter, x, term.view, layout, images)
+        )
     except ValueError as error:
         raise ValueError(f"term {term.name!r}, {('student', 'teacher')[side]}: {error}") from None
 

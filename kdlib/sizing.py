@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapters import build_adapter, find_layout
+from .adapters import build_adapter, find_layout, fitting_layouts
 from .distiller import check_number, read
 from .plan import Plan, Row
 from .taps import Taps, in_eval, logits_of
@@ -29,8 +29,9 @@ def fit(
     """Runs both models once on a few images and sizes everything that training needs.
 
     The layout of every tapped tensor is told (or asked for), each ``adapter`` is built where the shapes of a pair
-    differ, and learnable losses learn their sizes. Nothing of either model changes, except that the teacher is frozen,
-    and not even that where something is wrong.
+    differ, and learnable losses learn their sizes. Nothing is trained and nothing of either model changes, except that
+    the teacher is frozen, and not even that where something is wrong. Adapters are made anew by every call; a loss that
+    learns goes along with its term, so a second student needs terms of its own.
 
     Args:
         terms: what the student learns from.
@@ -96,7 +97,7 @@ def _fit(
                 built = build_adapter(term.adapter, str(term.view), s.shape, t.shape, images.shape)
                 adapters[pair.student] = built.to(s.device, s.dtype)
             rows.append(_row(term, pair.student, pair.teacher, s, t, adapters.get(pair.student)))
-            mine.append(adapters[pair.student](s) if pair.student in adapters else s)
+            mine.append(read(term, 0, seen[pair.student], images.shape, adapters.get(pair.student)))
             theirs.append(t)
         term = replace(term, adapters=adapters, adapter=term.adapter if adapters else None)  # where no shapes differ
         if "teacher" not in term.against or all(t is not None for t in theirs):
@@ -139,7 +140,8 @@ def _layouts(
     images: Tensor,
     models: tuple[nn.Module, nn.Module],
 ) -> tuple[str | None, str | None]:
-    """The term's layouts of student and teacher: as stated, else as all its pairs agree, else found anew for each."""
+    """The term's layouts of student and teacher: as stated, else the one that fits all its pairs, else found anew for
+    each."""
     stated = term.layouts()
     if term.view == "raw":
         return stated
@@ -151,11 +153,15 @@ def _layouts(
         if isinstance(owner, Panel):
             owner = owner[term.pairs[0].teacher.partition(".")[0]] if tensors else owner
         prefix = getattr(owner, "num_prefix_tokens", None)
-        try:
-            found = {stated[side] or find_layout(x.shape, images.shape, prefix) for x in tensors}
-        except ValueError as error:
-            raise ValueError(f"term {term.name!r}, {('student', 'teacher')[side]}: {error}") from None
-        told.append(found.pop() if len(found) == 1 else None)
+        fits = [fitting_layouts(x.shape, images.shape, prefix) for x in tensors]
+        shared = set(fits[0]).intersection(*fits) if fits else set()
+        told.append(stated[side] or (shared.pop() if len(shared) == 1 else None))
+        if told[side] is None:
+            for x in tensors:
+                try:
+                    find_layout(x.shape, images.shape, prefix)
+                except ValueError as error:
+                    raise ValueError(f"term {term.name!r}, {('student', 'teacher')[side]}: {error}") from None
     return told[0], told[1]
 
 

@@ -93,6 +93,11 @@ class Taps:
             return
         if not isinstance(value, Tensor):
             raise RuntimeError(f"tap {name!r} gave {type(value).__name__}, not a tensor; tap a submodule of it instead")
+        if value.is_nested:
+            raise RuntimeError(
+                f"tap {name!r} gave a nested tensor, as nn.TransformerEncoder makes them of padded sequences in eval "
+                "mode; build it with enable_nested_tensor=False"
+            )
         if name in self._sink:
             raise FiredTwice(f"tap {name!r} fired twice in one forward (a shared module?); tap its parent instead")
         if torch.compiler.is_compiling() and not torch.is_grad_enabled():
@@ -147,6 +152,12 @@ def _check(name: str, modules: dict[str, nn.Module], model: str) -> None:
     path, _, side = name.partition(":")
     if side not in ("", "input"):
         raise ValueError(f"no tap {name!r}: after the colon only 'input' may stand, got {side!r}")
+    for wrapper in ("module", "_orig_mod"):
+        if f"{wrapper}.{path}" in modules:
+            raise ValueError(
+                f"no tap {name!r} in {model}, which wraps the model that has it; give that model, and wrap or compile "
+                "afterwards"
+            )
     if path not in modules or not path:
         near = get_close_matches(path, modules, n=3, cutoff=0.4)
         raise ValueError(f"no tap {name!r} in {model}; did you mean {' or '.join(map(repr, near)) or 'a submodule'}?")

@@ -5,13 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import Tensor, nn
 
 from .adapters import Adapter
+from .losses.base import View
 from .pairing import Pair
 from .schedules import ALWAYS, Schedule
+
+VIEWS = get_args(View)
 
 
 @dataclass(frozen=True)
@@ -19,9 +22,9 @@ class Term:
     """``weight · schedule(epoch) · reduce over pairs of loss(student tap, teacher tap)``.
 
     Raises:
-        ValueError: a name that is no plain word, no pairs, an unknown ``reduce``, a negative weight, several pairs for
-            a loss that learns or remembers images.
-        TypeError: a class in place of a loss, one pair in place of several.
+        ValueError: a name that is no plain word, an unknown ``reduce`` or view, a negative weight, adapters of a tap
+            that it does not read, several pairs for a loss that remembers or learns something of one.
+        TypeError: a class in place of a loss, text in place of pairs.
     """
 
     name: str
@@ -71,6 +74,11 @@ class Term:
                 "give each a term, and so a loss, of its own"
             )
         object.__setattr__(self, "view", self.view or getattr(self.loss, "view", "raw"))
+        if self.view not in VIEWS:
+            raise ValueError(f"term {self.name!r}: no view {self.view!r}; known: {', '.join(VIEWS)}")
+        if unread := [tap for tap in self.adapters if tap not in self.student_taps]:
+            taps = ", ".join(map(repr, self.student_taps))
+            raise ValueError(f"term {self.name!r}: adapters has {unread[0]!r}, which it does not tap; it taps {taps}")
 
     @property
     def against(self) -> tuple[str, ...]:

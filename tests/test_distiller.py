@@ -502,6 +502,10 @@ def test_what_is_wrong_says_so(student: nn.Module, teacher: nn.Module, images: T
         kd.Term("soft", SoftTarget(), weight=-1.0)
     with pytest.raises(ValueError, match="'mean' or 'sum'"):
         kd.Term("soft", SoftTarget(), reduce="max")
+    with pytest.raises(ValueError, match="term 'x': no view 'maps'; known: logits, embedding, tokens, map, raw"):
+        kd.Term("x", FeatureMSE(), view="maps")
+    with pytest.raises(ValueError, match="term 'x': adapters has 'stemm', which it does not tap; it taps 'stem'"):
+        kd.Term("x", FeatureMSE(), pairs=[kd.Pair("stem", "stem")], adapters={"stemm": nn.Identity()})
     with pytest.raises(ValueError, match="no tap 'stemm' in Tiny; did you mean 'stem'"):
         kd.Distiller(student, [kd.Term("x", FeatureMSE(), pairs=[kd.Pair("stemm", "stem")])])
     with pytest.raises(ValueError, match="the panel has twin"):
@@ -516,7 +520,7 @@ def test_what_is_wrong_says_so(student: nn.Module, teacher: nn.Module, images: T
         kd.Distiller(student, [soft]).set_weights({"soft": -1.0})
     with pytest.raises(ValueError, match=r"term 'soft': its schedule gives the factor -0\.5 at epoch 3"):
         kd.Distiller(student, [kd.Term("soft", SoftTarget(), schedule=kd.Ramp(1.0, -1.0))]).set_epoch(3, 4)
-    with pytest.raises(RuntimeError, match="trains nothing: student tap '@output'"):
+    with pytest.raises(RuntimeError, match="trains nothing of the student: tap '@output'"):
         kd.Distiller(student.requires_grad_(False), [soft])(images, {"@output": torch.randn(4, 5)})
     with pytest.raises(ValueError, match=r"no size yet; call kdlib\.fit"):
         kd.Distiller(student, [kd.Term("x", FeatureMSE(), pairs=[kd.Pair("stem", "stem")], adapter="linear")])

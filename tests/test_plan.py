@@ -7,6 +7,7 @@ import copy
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from conftest import Tiny
 from torch import Size, Tensor, nn
 
@@ -53,12 +54,12 @@ def test_an_ambiguous_layout_asks(shape: tuple[int, ...]) -> None:
     [
         ((2, 20, 16), (2, 20), "which are no images"),  # token ids: 19 tokens and one more would fit
         ((6, 32, 500), (6, 1, 4000), "which are no images"),  # a convolution over time
-        ((9, 4, 16), (4, 3, 9, 9), "4 of them where its first axis has 9"),  # sequence first
-        ((8, 10), (2, 3, 64, 64), "2 of them where its first axis has 8"),
+        ((9, 4, 16), (4, 3, 9, 9), "4 images cannot be told: its first axis, 9, is not theirs"),  # sequence first
+        ((8, 10), (2, 3, 64, 64), "2 images cannot be told: its first axis, 8, is not theirs"),
     ],
 )
 def test_what_shapes_do_not_show_is_asked_for(shape: tuple[int, ...], inputs: tuple[int, ...], what: str) -> None:
-    with pytest.raises(ValueError, match=rf"{what}, cannot be told; say layout=.*NLC: batch, sequence, channels"):
+    with pytest.raises(ValueError, match=rf"{what}.*; say layout=.*NLC: batch, sequence, channels"):
         find_layout(Size(shape), Size(inputs))
     assert find_layout(Size((inputs[0], 10)), Size(inputs)) == "NC"
 
@@ -293,6 +294,70 @@ def test_adapters_in_half_precision(
         distiller(images, ask(images)).loss.backward()
     own = list(distiller.adapters.parameters())
     assert own and all(p.grad.any() and p.dtype == images.dtype for p in own)
+
+
+def test_an_adapter_takes_tokens_in_the_grid_of_the_images_that_come() -> None:
+    """Not in that of the dry run; images of another aspect ratio, whose tokens may be as many, are refused."""
+
+    class Net(nn.Module):
+        def __init__(self, channels: int, stride: int) -> None:
+            super().__init__()
+            self.body, self.fc = nn.Conv2d(3, channels, 3, stride, 1), nn.Linear(channels, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.body(x).mean((2, 3)))
+
+    def by_hand(images: Tensor, seen_by_teacher: Tensor) -> Tensor:
+        theirs = teacher.body(seen_by_teacher)
+        mine = F.interpolate(student.body(images), theirs.shape[-2:], mode="bilinear", antialias=True)
+        return F.mse_loss(torch.einsum("bchw,dc->bdhw", mine, weight), theirs)
+
+    student, teacher = Net(8, 4), Net(12, 8)
+    prepare = kd.Renormalize((0,) * 3, (1,) * 3, (0,) * 3, (1,) * 3, size=(64, 64))
+    term = kd.Term("gap", FeatureMSE(), pairs=[kd.Pair("body", "body")], adapter="linear")
+    plan = kd.fit([term], student, teacher, torch.randn(2, 3, 64, 64), prepare=prepare)
+    weight = plan.terms[0].adapters["body"].linear.weight
+    distiller, ask = kd.Distiller(student, plan.terms), kd.Teacher(teacher, plan.terms, prepare=prepare)
+    for side in (64, 96, 128):
+        images = torch.randn(2, 3, side, side)
+        torch.testing.assert_close(distiller(images, ask(images)).loss, by_hand(images, prepare(images)))
+    ask.remove()
+    plan = kd.fit([term], student, teacher, torch.randn(2, 3, 48, 64))
+    distiller, ask = kd.Distiller(student, plan.terms), kd.Teacher(teacher, plan.terms)
+    images = torch.randn(2, 3, 64, 48)
+    with pytest.raises(ValueError, match=r"'gap', student: the adapter was sized for a grid of 12×16, .* 16×12"):
+        distiller(images, ask(images))
+
+
+@pytest.mark.parametrize("adapter", [None, "linear"])
+def test_a_tap_without_gradient_is_refused_though_its_adapter_has_one(adapter: str | None, images: Tensor) -> None:
+    student, teacher = Tiny(), Tiny()
+    student.stem.requires_grad_(False)
+    pairs = [kd.Pair("stem", "stages.1.blocks.1" if adapter else "stem")]
+    terms = [kd.Term("gap", FeatureMSE(), pairs=pairs, adapter=adapter)]
+    plan = kd.fit(terms, student, teacher, images)
+    targets = kd.Teacher(teacher, plan.terms)(images)
+    with pytest.raises(RuntimeError, match="trains nothing of the student: tap 'stem' carries no gradient"):
+        kd.Distiller(student, plan.terms)(images, targets)
+
+
+def test_a_layout_that_one_pair_shows_holds_for_all() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 12, 3, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x)).mean((2, 3))
+
+    pairs, images = [kd.Pair("a", "a"), kd.Pair("b", "b")], torch.randn(2, 3, 16, 16)
+    narrow = kd.Term("narrow", FeatureMSE(), pairs=pairs[:1])  # 8 channels on 8×8
+    with pytest.raises(ValueError, match="it could be NCHW or NHWC"):
+        kd.fit([narrow], Net(), Net(), images)
+    assert kd.fit([kd.Term("both", FeatureMSE(), pairs=pairs)], Net(), Net(), images).terms[0].layout == (
+        "NCHW",
+        "NCHW",
+    )
 
 
 def test_images_are_renormalised_in_their_own_precision(images: Tensor) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
+from conftest import Tiny
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -203,3 +205,23 @@ def test_a_pass_that_ran_as_it_is_may_be_compiled_afterwards(student: nn.Module,
     _, plain = taps.watch(student, images)
     look = torch.compile(lambda x: taps.watch(student, x)[1]["stages.0.blocks.0"], fullgraph=True, backend="eager")
     torch.testing.assert_close(look(images), plain["stages.0.blocks.0"])
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile])
+def test_a_wrapped_model_is_told_to_come_before(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    net = Tiny()
+    with pytest.raises(ValueError, match=r"no tap 'stem' in \w+, which wraps the model .*wrap or compile afterwards"):
+        Taps(wrap(net), ["stem"])
+
+
+def test_a_nested_tensor_is_told_how_to_come_undone() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
+    model = nn.TransformerEncoder(layer, 2).eval()
+    taps = Taps(model, ["layers.0"])
+    mask = torch.tensor([[False, False, True], [False, False, False]])
+    with (
+        pytest.raises(RuntimeError, match=r"gave a nested tensor, .*enable_nested_tensor=False"),
+        torch.no_grad(),
+        taps,
+    ):
+        model(torch.randn(2, 3, 8), src_key_padding_mask=mask)
