@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,11 +17,11 @@ from .taps import Taps, in_eval
 def blocks(model: nn.Module) -> list[str]:
     """The taps of the model's blocks: what stands in a sequence, consists of parts, and holds no such thing itself.
 
-    Where a model has no sequences, its direct children that consist of parts.
+    Where a model has no sequences (or dictionaries) of modules, its direct children that consist of parts.
     """
     found: list[str] = []
     for name, module in model.named_modules():
-        if isinstance(module, nn.Sequential | nn.ModuleList):
+        if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
             found += [f"{name}.{n}".lstrip(".") for n, child in module.named_children() if _parts(child)]
     innermost = [tap for tap in found if not any(other.startswith(f"{tap}.") for other in found)]
     return innermost or [name for name, child in model.named_children() if _parts(child)]
@@ -29,6 +30,25 @@ def blocks(model: nn.Module) -> list[str]:
 def _parts(module: nn.Module) -> bool:
     """Whether it holds modules that are trained."""
     return any(True for child in module.children() for _ in child.parameters())
+
+
+@torch.no_grad()
+def called(model: nn.Module, images: Tensor, taps: Sequence[str]) -> list[str]:
+    """Those of the taps whose modules the model calls in eval mode; heads for training alone are none."""
+    seen: set[str] = set()
+
+    def note(tap: str, *_: object) -> None:
+        seen.add(tap)
+
+    modules = {tap: model.get_submodule(tap.removesuffix(":input")) for tap in taps}
+    handles = [module.register_forward_hook(partial(note, tap)) for tap, module in modules.items()]
+    try:
+        with in_eval(model):
+            model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [tap for tap in taps if tap in seen]
 
 
 def alike(
@@ -84,13 +104,13 @@ def suggest(likeness: Tensor) -> list[tuple[int, int]]:
     return pairs[::-1]
 
 
-def as_yaml(pairs: Sequence[Pair], teacher: str = "teacher") -> str:
-    """The pairs as a term of a recipe; ``teacher`` is its name there."""
+def as_yaml(pairs: Sequence[Pair], teacher: str = "teacher", layout: Sequence[str] = ()) -> str:
+    """The pairs as a term of a recipe; ``teacher`` is its name there, ``layout`` is of student and teacher."""
     mine = ", ".join(pair.student for pair in pairs)
     theirs = ", ".join(f"{teacher}.{pair.teacher}" for pair in pairs)
     return (
         "terms:\n  alike:\n    loss: feature_mse\n    adapter: linear    # where the shapes of a pair differ\n"
-        f"    student: [{mine}]\n    teacher: [{theirs}]"
+        f"    student: [{mine}]\n    teacher: [{theirs}]" + (f"\n    layout: [{', '.join(layout)}]" if layout else "")
     )
 
 

@@ -176,6 +176,21 @@ def test_pairs_with_a_pattern_prints_the_plan_of_a_run(ask, tmp_path: Path) -> N
     assert len(rows) == 3 and not list(tmp_path.iterdir())
 
 
+def test_pairs_asks_for_a_layout_that_shapes_leave_open_and_takes_it(ask) -> None:
+    asked = ("pairs", "resnet18", "resnet18", "--pattern", "layer1.-1", "--image-size", "256")
+    answer = ask(*asked)
+    assert answer.code == 2 and "could be NCHW or NHWC; say which of STUDENT and TEACHER by --layout" in answer.err
+    answer = ask(*asked, "--layout", "NCHW", "NCHW")
+    assert answer.code == 0 and "NCHW    4096×64" in answer.out, answer.err
+
+
+def test_pairs_leaves_out_what_a_model_does_not_call(ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "tests")
+    answer = ask("pairs", "test_pairs:Trained", "riformer_nano", "--image-size", "32", "--count", "8")
+    assert "! test_pairs:Trained does not call aux.0 in eval mode; left out" in answer.out, answer.err
+    assert "student: [layers.a, layers.b, layers.c]" in answer.out
+
+
 def test_pairs_with_images_draws_the_likeness_and_suggests(ask, tmp_path: Path) -> None:
     (tmp_path / "photos" / "deep").mkdir(parents=True)
     for i in range(9):

@@ -34,6 +34,10 @@ def arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--view", choices=("tokens", "map", "embedding"), default="tokens", help="how features are read"
     )
+    parser.add_argument(
+        "--layout", nargs=2, default=(), metavar=("STUDENT", "TEACHER"),
+        help="NCHW, NHWC, NLC or NLC+k of either's features, where their shapes leave it open",
+    )  # fmt: skip
     images = parser.add_mutually_exclusive_group()
     images.add_argument(
         "--images", metavar="FOLDER", type=Path, help="a folder with image files, to compare features on"
@@ -54,12 +58,12 @@ def run(options: Namespace) -> None:
     student, teacher = (find_model(name, options.image_size) for name in (options.student, options.teacher))
     if options.pattern:
         pairs = pair(student.model, teacher.model, options.pattern, options.teacher_pattern)
-        say(_plan(student, teacher, pairs, options.view))
+        say(_plan(student, teacher, pairs, options))
     if options.images or options.data or not options.pattern:
         _compare(student, teacher, options)
 
 
-def _plan(student: Found, teacher: Found, pairs: tuple[Pair, ...], view: str) -> str:
+def _plan(student: Found, teacher: Found, pairs: tuple[Pair, ...], options: Namespace) -> str:
     """The plan of these pairs under one term; a teacher of other images gets images of its own size."""
     from ..adapters import Renormalize
     from ..losses import FeatureMSE
@@ -69,14 +73,19 @@ def _plan(student: Found, teacher: Found, pairs: tuple[Pair, ...], view: str) ->
     bridge = None
     if student.shape != teacher.shape and student.shape[0] == teacher.shape[0]:
         bridge = Renormalize(student.mean, student.std, teacher.mean, teacher.std, (teacher.shape[1], teacher.shape[2]))
-    term = Term("pairs", FeatureMSE(), pairs=pairs, adapter="linear", view=view)
-    return str(fit([term], student.model, teacher.model, student.noise(2), prepare=bridge))
+    layout = tuple(options.layout) or None
+    term = Term("pairs", FeatureMSE(), pairs=pairs, adapter="linear", view=options.view, layout=layout)
+    try:
+        return str(fit([term], student.model, teacher.model, student.noise(2), prepare=bridge))
+    except ValueError as error:  # here it is said by an option
+        told, open_, _ = str(error).partition("; say layout")
+        raise ValueError(f"{told}; say which of STUDENT and TEACHER by --layout" if open_ else told) from error
 
 
 def _compare(student: Found, teacher: Found, options: Namespace) -> None:
     from ..cka import LEAST
     from ..pairing import Pair, find
-    from ..pairs import alike, as_yaml, blocks, draw, suggest
+    from ..pairs import alike, as_yaml, blocks, called, draw, suggest
     from ..progress import say
     from .show import show_table
 
@@ -87,6 +96,10 @@ def _compare(student: Found, teacher: Found, options: Namespace) -> None:
         for found, pattern in ((student, options.pattern), (teacher, options.teacher_pattern or options.pattern))
     ]
     for found, names in zip((student, teacher), taps, strict=True):
+        reached = called(found.model, found.noise(1), names)
+        if silent := [name for name in names if name not in reached]:
+            say(f"! {found.name} does not call {', '.join(silent)} in eval mode; left out")
+        names[:] = reached
         if not names:
             raise ValueError(
                 f"{found.name}: no blocks found; say which with --pattern (kdlib inspect lists its modules)"
@@ -107,8 +120,8 @@ def _compare(student: Found, teacher: Found, options: Namespace) -> None:
     show_table(("student", "teacher", "CKA"), rows, right=("CKA",))
     if untrained := list(dict.fromkeys(found.name for found in (student, teacher) if found.trained is False)):
         say(f"! random weights: {', '.join(untrained)}; this shows what the wiring alone makes alike")
-    say(f'\n{_plan(student, teacher, pairs, options.view)}\n\n# to paste; "teacher" is its name in the recipe')
-    say(as_yaml(pairs))
+    say(f'\n{_plan(student, teacher, pairs, options)}\n\n# to paste; "teacher" is its name in the recipe')
+    say(as_yaml(pairs, layout=options.layout))
 
 
 def _batches(student: Found, teacher: Found, source: Path | str, count: int) -> list[tuple[Tensor, Tensor]]:
