@@ -118,6 +118,9 @@ def _make(ready: Ready, accelerator: Accelerator) -> Outcome:
             prepare = prepare and prepare.to(accelerator.device)
             teachers[name] = Outcome(spec.name, recipe.output, member, ready.data, {}, accelerator, prepare=prepare)
             teachers[name].result = _measure(teachers[name], spec)
+            if (top1 := teachers[name].result["top1"]) <= 100 / len(ready.data.classes):
+                what = f"teacher {name} is right on {top1:.1f} % of the test images, which is no more than chance"
+                say(f"! {title}: {what}; kdlib doctor tells more", shown)
     outcome.seconds = outcome.seconds or perf_counter() - began
     return outcome
 

@@ -90,6 +90,8 @@ def _kind(field: dict[str, Any]) -> str:
     """What may stand there, shortly."""
     if "enum" in field:
         return "|".join(map(str, field["enum"]))
+    if "const" in field:
+        return str(field["const"])
     kinds = [_kind(option) for option in field.get("anyOf", [])] or [str(field.get("type", ""))]
     names = {"object": "", "null": "", "boolean": "true|false", "string": "text", "array": "list"}
     return "|".join(dict.fromkeys(kind for kind in (names.get(kind, kind) for kind in kinds) if kind))

@@ -69,6 +69,7 @@ def test_help_of_a_recipe_is_as_wide_as_the_terminal_too(monkeypatch: pytest.Mon
 
 
 def test_help_writes_a_default_as_a_config_must() -> None:
+    assert "  adapter (linear)" in usage(Path("default.yaml"))
     shown = dict(re.findall(r"^  (\w+) \([^)]+\) \[(.+?)\]", usage(Path("default.yaml")), re.M))
     for key, default in {"until": 1.0, "start": 0, "min_lr": 1e-5, "epochs": 10}.items():
         told = yaml12.parse(shown[key])

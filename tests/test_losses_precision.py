@@ -186,6 +186,20 @@ def test_a_divergence_has_both_its_gradients_and_theirs():
     torch.testing.assert_close(by_p, torch.autograd.grad(plain, logits[1])[0])
 
 
+@pytest.mark.parametrize("name", ["soft_target", "ttm", "dkd"])
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_losses_with_a_backward_pass_of_their_own_go_through_torch_func(name):
+    """A gradient a sample, as torch.func makes it, is that of the sample alone."""
+    loss = losses.LOSSES[name]()
+    student, teacher, labels = torch.randn(4, 7), torch.randn(4, 7), torch.tensor([0, 3, 6, 3])
+    against = [teacher, labels][: len(loss.against)]
+    each = torch.vmap(torch.func.grad(loss))(student[:, None], *(x[:, None] for x in against))
+    for i in range(4):
+        alone = student[i : i + 1].requires_grad_()
+        (expected,) = torch.autograd.grad(loss(alone, *(x[i : i + 1] for x in against)), alone)
+        torch.testing.assert_close(each[i], expected)
+
+
 @pytest.mark.parametrize("variant", ["code", "paper"])
 @pytest.mark.parametrize("eps", [1e-7, 1e-12, 1e-30])
 @pytest.mark.parametrize("size", [1, 3, 64])

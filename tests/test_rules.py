@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, Tiny
@@ -128,6 +129,9 @@ def test_losses_compose_by_holding() -> None:
     expected = 0.7 * kd.losses.SoftTarget(4.0)(s, t) + 0.3 * kd.losses.HardLabel()(s, t)
     torch.testing.assert_close(both(s, t), expected)
     torch.testing.assert_close((2 * both + both)(s, t), 3 * expected)
+    torch.testing.assert_close(sum([both, both / np.float32(2), -1 * (both - 3 * both)])(s, t), 3.5 * expected)
+    with pytest.raises(ValueError, match=r"a class that derives from torch\.nn\.Module is registered, got <function"):
+        kd.losses.register(lambda student, teacher: student)
     task = kd.losses.CrossEntropy() + both
     labels = torch.tensor([0, 1, 2, 3])
     assert task.against == ("teacher", "labels")

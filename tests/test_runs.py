@@ -240,7 +240,8 @@ def test_a_given_teacher_of_other_images_is_measured_on_its_own(
     terms = f"terms={{soft: {{loss: soft_target, teacher: big}}, block: {last}}}"
     outcome = runs.run(plain(folder, tmp_path / "run", teacher, terms, *settings, epochs=1))
     anew = "normalised anew: mean (0.2, 0.3, 0.4), std (0.5, 0.6, 0.7)"
-    assert f"student: teacher big sees images {anew}, 28 → 32 px" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"student: teacher big sees images {anew}, 28 → 32 px" in said
     hooks = [m._forward_hooks or m._forward_pre_hooks for m in outcome.teachers["big"].student.modules()]
     assert len(hooks) > 9 and not any(hooks), "it is timed as it came"
     rows = {row.what: row for row in conclude(outcome)}
@@ -251,6 +252,7 @@ def test_a_given_teacher_of_other_images_is_measured_on_its_own(
         right = net(bridge(torch.cat(images))).argmax(1) == torch.cat(labels)
     assert rows["teacher big"].top1 == pytest.approx(100 * right.float().mean().item())
     assert rows["teacher big"].images_per_second > 0
+    assert ("teacher big is right on" in said) == (rows["teacher big"].top1 <= 100 / 3)
 
     def refuse(word: str) -> None:
         raise AssertionError(f"{word} is no JSON")
@@ -446,9 +448,12 @@ def test_a_damaged_folder_is_told_and_what_to_delete(folder: Path, tmp_path: Pat
     weights = tmp_path / "r" / "student.safetensors"
     good = weights.read_bytes()
     weights.write_bytes(good[:-10])
-    assert "student.safetensors is corrupt" in lines(runs.run, recipe)[0]
+    mend = f"; delete {tmp_path / 'r' / 'summary.json'} to finish the run again from its checkpoint"
+    (line,) = lines(runs.run, recipe)
+    assert "student.safetensors is corrupt" in line and line.endswith(mend)
     weights.unlink()
-    assert "no file" in lines(runs.run, recipe)[0]
+    (line,) = lines(runs.run, recipe)
+    assert "no file" in line and line.endswith(mend)
     weights.write_bytes(good)
     for text in ("{", "[]", '{"result": {}, "seconds": 1}'):
         (tmp_path / "r" / "summary.json").write_text(text)

@@ -10,6 +10,8 @@
   torch-export   model.pt2                 torch, nothing else
   timm, hub      config.json, weights      timm (and the recipe's module, as above)
 
+The folder of a run stands for the student of its last epoch; name runs/mine/student_best.safetensors for the best one.
+
 A fused RIFormer is no architecture of timm's: its timm folder loads where recipes.riformer.model was imported; where
 kdlib is not, take onnx or torch-export. Each export is a folder with a model card (README.md).
 

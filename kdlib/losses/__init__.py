@@ -93,8 +93,10 @@ def register(loss: AnyLoss, name: str | None = None) -> AnyLoss:
     Returns the class, so that it also serves as a decorator.
 
     Raises:
-        ValueError: another class has that name already.
+        ValueError: it is no class of modules, or another class has that name already.
     """
+    if not (isinstance(loss, type) and issubclass(loss, nn.Module)):
+        raise ValueError(f"a class that derives from torch.nn.Module is registered, got {loss!r}")
     name = name or re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", loss.__name__).lower()
     if LOSSES.setdefault(name, loss) is not loss:
         raise ValueError(f"the name {name!r} belongs to {LOSSES[name].__qualname__}; register with name=...")

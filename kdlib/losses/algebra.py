@@ -45,9 +45,10 @@ def over(x: Tensor, temperature: float) -> Tensor:
 class _KL(torch.autograd.Function):
     """Keeps nothing but the two logarithms; what the backward pass makes of them may be differentiated again."""
 
+    generate_vmap_rule = True  # with setup_context, what torch.func needs
+
     @staticmethod
-    def forward(ctx: Any, log_q: Tensor, log_p: Tensor) -> Tensor:
-        ctx.save_for_backward(log_q, log_p)
+    def forward(log_q: Tensor, log_p: Tensor) -> Tensor:
         p, gap = log_p.exp(), log_q - log_p
         gap.masked_fill_(p == 0, 1)  # also where both are -inf; what is summed there is q
         far = gap >= 1
@@ -55,6 +56,10 @@ class _KL(torch.autograd.Function):
         # they take the memory of one
         near = gap.expm1().sub_(gap).mul_(p).masked_fill_(far, 0).sum(-1)
         return near + log_q.exp().addcmul_(p, gap.add_(1), value=-1).masked_fill_(~far, 0).sum(-1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
+from numbers import Real
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
@@ -24,8 +25,9 @@ HALF = (torch.bfloat16, torch.float16)
 class Loss(nn.Module):
     """A scalar between a student tensor and what it is ``against``. Declares how it wants to be fed; adds and scales.
 
-    ``0.7 * SoftTarget(4.0) + 0.3 * HardLabel()`` is a loss again. Any module with a ``forward(student, teacher)``
-    serves as a loss; deriving from this class only adds the operators and the defaults below.
+    ``0.7 * SoftTarget(4.0) + 0.3 * HardLabel()`` is a loss again, and so are ``sum([a, b])``, ``a - b`` and ``a / 2``.
+    Any module with a ``forward(student, teacher)`` serves as a loss; deriving from this class only adds operators and
+    the defaults below.
     """
 
     view: ClassVar[View] = "logits"
@@ -59,13 +61,19 @@ class Loss(nn.Module):
         return Sum([*_summands(other), *_summands(self)])
 
     def __mul__(self, factor: float) -> Sum:
-        if isinstance(factor, bool) or not isinstance(factor, int | float):
+        if isinstance(factor, bool) or not isinstance(factor, Real):  # numpy's scalars among them
             raise TypeError(
                 f"a loss is scaled by a number, got {type(factor).__name__}; losses are added, not multiplied"
             )
-        return Sum([(factor * weight, loss) for weight, loss in _summands(self)])
+        return Sum([(float(factor) * weight, loss) for weight, loss in _summands(self)])
 
     __rmul__ = __mul__
+
+    def __sub__(self, other: nn.Module) -> Sum:
+        return self + -1 * Sum(_summands(other))
+
+    def __truediv__(self, divisor: float) -> Sum:
+        return self * (1 / divisor)
 
 
 class Sum(Loss):
@@ -132,6 +140,8 @@ def _summands(loss: object) -> list[tuple[float, nn.Module]]:
         return list(zip(loss.weights, loss.parts, strict=True))
     if isinstance(loss, nn.Module):
         return [(1.0, loss)]
+    if isinstance(loss, int) and loss == 0:  # where sum() begins
+        return []
     raise TypeError(f"only losses add up, got {type(loss).__name__}; wrap a function in an nn.Module")
 
 

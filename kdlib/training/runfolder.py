@@ -150,7 +150,12 @@ def finished(recipe: Recipe, student: nn.Module) -> tuple[dict[str, float], floa
     found = summary(recipe.output)
     if found is None:
         return None
-    load_weights(student, recipe.output / STUDENT, "output")
+    try:
+        load_weights(student, recipe.output / STUDENT, "output")
+    except ConfigError as error:
+        what = error.lines[0].partition("; ")[0]
+        again = f"delete {recipe.output / SUMMARY} to finish the run again from its checkpoint"
+        raise ConfigError([f"{what}; {again}"]) from None
     return found["result"], float(found["seconds"])
 
 
