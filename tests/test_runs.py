@@ -563,7 +563,8 @@ def test_what_does_not_fit_is_told_before_anything_is_made(
 def test_a_layout_that_cannot_be_told_is_asked_for(folder: Path, tmp_path: Path) -> None:
     # 28 px through a stem of stride 4 gives 7 × 7 positions; with 7 channels all three sides are 7
     narrow = ["student.name=riformer_nano", "student.dims=[7, 96]", "student.init=null", "teachers.twin.dims=[7, 96]"]
-    recipe = whole(folder, tmp_path / "runs" / "r", *narrow)
+    first = ["terms.block.student=stages.0.blocks.-1", "terms.block.teacher=twin.stages.0.blocks.-1"]
+    recipe = whole(folder, tmp_path / "runs" / "r", *narrow, *first, "terms.mixer=null", "terms.relation=null")
     (found,) = lines(runs.run, recipe)
     assert found.startswith("terms.block: ") and "layout" in found
     assert not (tmp_path / "runs").exists()
