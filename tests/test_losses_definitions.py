@@ -203,3 +203,40 @@ def test_the_relation_of_half_precision_tokens_loses_nothing_but_their_rounding(
     with torch.inference_mode():
         seen = teacher.clone()
     torch.testing.assert_close(loss(student, seen), value)
+
+
+def test_a_label_of_minus_100_is_left_out_by_cross_entropy_and_told_by_the_others():
+    student, teacher = torch.randn(4, 5), torch.randn(4, 5)
+    labels = torch.tensor([1, -100, 2, 3])
+    kept = torch.tensor([0, 2, 3])
+    torch.testing.assert_close(
+        losses.CrossEntropy()(student, labels), losses.CrossEntropy()(student[kept], labels[kept])
+    )
+    assert losses.CrossEntropy()(student, torch.full((4,), -100)).isnan()
+    for name in ("dkd", "nkd", "ofa"):
+        for wrong in (labels, labels.clamp(min=-1), labels.masked_fill(labels < 0, 5)):
+            with pytest.raises(ValueError, match="need a label from 0 to 4 for every sample, got another "):
+                LOSSES[name]()(student, teacher, wrong)
+
+
+@pytest.mark.parametrize("shape", [(2, 7, 5), (2, 5, 4, 3)])
+def test_logits_at_each_position_are_told_what_to_do(shape):
+    labels = torch.zeros(shape[0], *shape[2:], dtype=torch.long)
+    for loss, against in ((losses.SoftTarget(), torch.zeros(shape)), (losses.CrossEntropy(), labels)):
+        with pytest.raises(ValueError, match=r"flattened into samples first \(docs/howto/sequences\.md\)"):
+            loss(torch.zeros(shape), against)
+
+
+def test_a_sum_hands_on_what_a_part_alone_asks():
+    class Masked(losses.Loss):
+        against = ("teacher", "mask")
+
+        def forward(self, student, teacher, mask):
+            return ((student - teacher).square() * mask[:, None]).sum()
+
+    both = losses.CrossEntropy() + 2 * Masked()
+    student, teacher, labels = torch.randn(3, 5), torch.randn(3, 5), torch.tensor([1, 0, 4])
+    mask = torch.tensor([True, False, True])
+    assert both.against == ("teacher", "labels", "mask")
+    expected = losses.CrossEntropy()(student, labels) + 2 * (student - teacher)[mask].square().sum()
+    torch.testing.assert_close(both(student, teacher, labels, mask), expected)

@@ -16,8 +16,8 @@ from .checks import check_alike as check_alike
 from .checks import check_positive as check_positive
 
 View = Literal["logits", "embedding", "tokens", "map", "raw"]
-Need = Literal["teacher", "labels", "indices"]
-ORDER: tuple[Need, ...] = ("teacher", "labels", "indices")
+ORDER = ("teacher", "labels", "indices")
+"""Of what a sum is called with; what its parts want besides comes behind, by name."""
 Compute = TypeVar("Compute", bound=Callable[..., Tensor])
 HALF = (torch.bfloat16, torch.float16)
 
@@ -32,8 +32,9 @@ class Loss(nn.Module):
 
     view: ClassVar[View] = "logits"
     """Shape that it reads: logits ``(B, K)``, embedding ``(B, D)``, tokens ``(B, N, C)``, map ``(B, C, H, W)``, raw."""
-    against: tuple[Need, ...] = ("teacher",)
-    """What ``forward`` takes after the student, in order: the teacher's tensor, the labels, the dataset's indices."""
+    against: tuple[str, ...] = ("teacher",)
+    """What ``forward`` takes after the student, in order: the teacher's tensor, the labels, the dataset's indices; any
+    other word, such as ``"mask"``, stands for what the targets hold under ``"@mask"``."""
     lists: ClassVar[bool] = False
     """True: ``forward`` takes lists of tensors, shallow to deep, one for each pair of the term."""
     soft_labels: ClassVar[bool] = False
@@ -107,7 +108,7 @@ class Sum(Loss):
         whole = len(known) == len(parts) and all(weight >= 0 for weight, _ in parts)
         self.floor = sum(known) if whole else None  # type: ignore[misc]
         needs = {need for _, loss in parts for need in getattr(loss, "against", ("teacher",))}
-        self.against = tuple(need for need in ORDER if need in needs)
+        self.against = (*(need for need in ORDER if need in needs), *sorted(needs.difference(ORDER)))
         self.weights = tuple(float(weight) for weight, _ in parts)
         self.parts = nn.ModuleList(loss for _, loss in parts)
 

@@ -6,14 +6,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
+DENSE = "logits at each position are flattened into samples first (docs/howto/sequences.md)"
+
 
 def check_alike(loss: nn.Module, student: Tensor, teacher: Tensor, shape: str) -> None:
     """Raises ValueError unless both tensors have one shape with as many axes as ``shape`` names, e.g. ``"B K"``."""
     if student.shape != teacher.shape or (shape != "any" and student.ndim != len(shape.split())):
         wanted = "one shape" if shape == "any" else f"({', '.join(shape.split())})"
+        help_ = "an adapter, another view or another tap brings them together"
+        if shape == "B K" and student.ndim > 2:
+            help_ = DENSE
         raise ValueError(
             f"{type(loss).__name__} compares tensors of {wanted}: student is {tuple(student.shape)}, "
-            f"teacher {tuple(teacher.shape)}; an adapter, another view or another tap brings them together"
+            f"teacher {tuple(teacher.shape)}; {help_}"
         )
 
 

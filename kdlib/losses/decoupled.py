@@ -27,7 +27,8 @@ class DKD(Loss):
         temperature: ``T > 0``, of both parts.
 
     Raises:
-        ValueError: the temperature is not positive; the shapes differ; labels are soft; fewer than two classes.
+        ValueError: the temperature is not positive; the shapes differ; labels are soft or, on a CPU, no
+            class; fewer than two classes.
 
     Zhao et al., Decoupled Knowledge Distillation, 2022, section 3. arXiv:2203.08679. The published training script also
     warms the weight up over 20 epochs; that is a term's schedule here.
@@ -80,7 +81,8 @@ class NKD(Loss):
         temperature: ``T > 0`` of the non-target part.
 
     Raises:
-        ValueError: the temperature is not positive; the shapes differ; labels are soft; fewer than two classes.
+        ValueError: the temperature is not positive; the shapes differ; labels are soft or, on a CPU, no
+            class; fewer than two classes.
 
     Yang et al., From Knowledge Distillation to Self-Knowledge Distillation, 2023, section 3. arXiv:2303.13005
 
@@ -113,9 +115,17 @@ class NKD(Loss):
 
 
 def target_mask(logits: Tensor, labels: Tensor) -> Tensor:
-    """``(B, K)``: True at each sample's label."""
+    """``(B, K)``: True at each sample's label.
+
+    Raises:
+        ValueError: a label that is no class. Only on a CPU, which finds it without being asked; a GPU ends by itself.
+    """
     nowhere = torch.zeros_like(logits, dtype=torch.bool)
-    return nowhere.scatter_(1, labels.long()[:, None], True)  # which a label that is no class makes fail
+    try:
+        return nowhere.scatter_(1, labels.long()[:, None], True)
+    except RuntimeError as error:
+        wanted = f"DKD, NKD and OFA need a label from 0 to {logits.shape[1] - 1} for every sample"
+        raise ValueError(f"{wanted}, got another ({error}); leave such samples out, those of -100 too") from None
 
 
 def _others(logits: Tensor, target: Tensor) -> Tensor:

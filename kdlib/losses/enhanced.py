@@ -32,7 +32,8 @@ class OFA(Loss):
         variant: ``"code"`` or ``"paper"``.
 
     Raises:
-        ValueError: an argument is out of range; the shapes differ; labels are soft; fewer than two classes.
+        ValueError: an argument is out of range; the shapes differ; labels are soft or, on a CPU, no
+            class; fewer than two classes.
 
     Hao et al., One-for-All, 2023, section 3. arXiv:2310.19444
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .algebra import kl, over, weighted
 from .base import Loss, full_precision
-from .checks import check_alike, check_positive
+from .checks import DENSE, check_alike, check_positive
 
 
 class SoftTarget(Loss):
@@ -83,7 +83,8 @@ class HardLabel(Loss):
 class CrossEntropy(Loss):
     """``−Σ y · log softmax(student)``: cross-entropy with the labels ``y``, mean over samples.
 
-    Shapes: student logits ``(B, K)``; labels int64 ``(B,)``, or probabilities ``(B, K)`` as mixup gives them.
+    Shapes: student logits ``(B, K)``; labels int64 ``(B,)``, or probabilities ``(B, K)`` as mixup gives them. A sample
+    with the label -100 is left out, and the mean is over the others; where none is left, it is NaN.
     Floor: 0 for integer labels (the labels' entropy for soft ones). Needs labels, soft ones allowed. A logit may be
     ``-inf`` where the label, smoothed, has no mass.
 
@@ -115,6 +116,7 @@ class CrossEntropy(Loss):
             raise ValueError(
                 f"CrossEntropy takes logits (B, K) with labels int64 (B,) or float (B, K), got logits "
                 f"{tuple(student.shape)} with labels {tuple(labels.shape)} of {labels.dtype}"
+                f"{f'; {DENSE}' if student.ndim > 2 else ''}"
             )
         if soft:
             wanted = labels * (1 - self.label_smoothing) + self.label_smoothing / student.shape[1]

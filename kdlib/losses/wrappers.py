@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .algebra import centred, unit
-from .base import Loss, Need, _nothing, full_precision
+from .base import Loss, _nothing, full_precision
 from .checks import check_choice
 
 
@@ -28,7 +28,7 @@ class Wrapper(Loss):
         if getattr(loss, "view", "logits") != "logits" or getattr(loss, "lists", False):
             raise ValueError(f"{name} holds a loss between logits, {type(loss).__name__} reads {loss.view}")
         self.loss = loss
-        self.against: tuple[Need, ...] = getattr(loss, "against", ("teacher",))
+        self.against: tuple[str, ...] = getattr(loss, "against", ("teacher",))
         self.soft_labels = getattr(loss, "soft_labels", False)  # type: ignore[misc]
         self.wants_head = getattr(loss, "wants_head", False)  # type: ignore[misc]
         self.floor = getattr(loss, "floor", None)  # type: ignore[misc]
