@@ -150,11 +150,13 @@ class Distiller(nn.Module):
 
         It is None by itself in one process where nothing is compiled. DistributedDataParallel and a compiled graph make
         it zero, and an optimizer with weight decay or momentum moves what has a gradient of zero. Ask again where a
-        term begins or ends: it takes a forward and a backward pass, which leave gradients alone and move buffers and
-        random numbers on. Empty where nothing is live.
+        term begins or ends. Where no live term reads the answer it takes a forward and a backward pass, which leave
+        gradients alone and move buffers and random numbers on. Empty where nothing is live.
         """
-        if not self._live or not self.may_idle():
+        if not self._live:
             return []
+        if self._answer_is_read():
+            return self.may_idle()
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         total = torch.stack(list(self.values(images, targets)[1].values())).sum()
         found = torch.autograd.grad(total, trained, allow_unused=True)
@@ -163,11 +165,22 @@ class Distiller(nn.Module):
     def may_idle(self) -> list[nn.Parameter]:
         """Those among which ``idle`` looks: the trained parts of terms that are off, and, where no live term reads the
         answer, the student."""
-        off = [_key(term.name) for i, term in enumerate(self.terms) if i not in self._live]
-        modules: list[nn.Module] = [held[name] for held in (self.adapters, self.losses) for name in off if name in held]
-        if not any("@output" in self.terms[i].student_taps for i in self._live):
-            modules.append(self.student)
-        return [p for module in modules for p in module.parameters() if p.requires_grad]
+        live = [self.terms[i].name for i in self._live]
+        shared = {parameter for module in self._held(live) for parameter in module.parameters()}
+        found = dict.fromkeys(parameter for module in self._resting() for parameter in module.parameters())
+        return [parameter for parameter in found if parameter.requires_grad and parameter not in shared]
+
+    def _answer_is_read(self) -> bool:
+        return any("@output" in self.terms[i].student_taps for i in self._live)
+
+    def _held(self, names: Sequence[str]) -> list[nn.Module]:
+        """What the terms of these names train besides the student."""
+        keys = [_key(name) for name in names]
+        return [held[key] for held in (self.adapters, self.losses) for key in keys if key in held]
+
+    def _resting(self) -> list[nn.Module]:
+        off = self._held([term.name for i, term in enumerate(self.terms) if i not in self._live])
+        return off if self._answer_is_read() else [*off, self.student]
 
     def _path(self) -> Tensor | float:
         """Zero, with a gradient path to what may be idle, where other processes wait for its gradient, or where nothing
@@ -175,7 +188,8 @@ class Distiller(nn.Module):
         alone = self.sharded or not (torch.distributed.is_available() and torch.distributed.is_initialized())
         if self._live and alone:
             return 0.0
-        return sum((parameter.sum() for parameter in self.may_idle()), start=0.0) * 0.0
+        parameters = [p for module in self._resting() for p in module.parameters() if p.requires_grad]
+        return sum((p.sum() for p in parameters), start=0.0) * 0.0
 
     def _value(self, term: Term, seen: Mapping[str, Tensor], targets: Mapping[str, Tensor], images: Size) -> Tensor:
         sides: list[Any] = [[self._mine(term, tap, seen, images) for tap in term.student_taps]]

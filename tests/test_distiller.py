@@ -233,6 +233,23 @@ def test_sum_and_mean_over_pairs(student: nn.Module, teacher: nn.Module, images:
     torch.testing.assert_close(values["sum"], 2 * values["mean"])
 
 
+def test_what_two_terms_share_is_not_idle_while_one_of_them_is_on(student: nn.Module, images: Tensor) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(1))
+
+        def forward(self, s: Tensor, t: Tensor) -> Tensor:
+            return (self.scale * (s - t)).square().mean()
+
+    shared, own = Scaled(), Scaled()
+    terms = [kd.Term("on", shared), kd.Term("off", shared, 0.0), kd.Term("other", own, 0.0)]
+    distiller, targets = kd.Distiller(student, terms), {"@output": torch.randn(4, 5)}
+    assert distiller.idle(images, targets) == [own.scale] == distiller.may_idle()
+    distiller(images, targets).loss.backward()
+    assert own.scale.grad is None and shared.scale.grad is not None
+
+
 def test_a_loss_of_lists_against_labels_alone_is_given_lists(
     student: nn.Module, images: Tensor, labels: Tensor
 ) -> None:

@@ -18,6 +18,8 @@ from .graphs import Graphs, try_graphs
 from .unchanged import unchanged
 
 Batch = tuple[Tensor, dict[str, Tensor]]
+FEW = 16
+"""Images that reach what a batch of any size does, in a pass that is not compiled and must not take more memory."""
 
 
 @dataclass
@@ -88,8 +90,10 @@ class Passes:
         return told
 
     def _find_idle(self, images: Tensor, targets: dict[str, Tensor]) -> list[nn.Parameter]:
-        with unchanged([self.distiller], images.device, gradients=False), self.accelerator.autocast():
-            return self.distiller.idle(*self.with_teacher(images, targets))
+        few = {name: value[:FEW] for name, value in targets.items()}
+        alone = unchanged([self.distiller], images.device, gradients=False)
+        with compiling.as_they_are(self.modules.values()), alone, self.accelerator.autocast():
+            return self.distiller.idle(*self.with_teacher(images[:FEW], few))
 
     def forget(self) -> None:
         """The gradients that are there are no longer these."""
