@@ -91,7 +91,8 @@ def test_each_head_of_deit_has_its_own_task_and_the_answer_is_their_mean(tmp_pat
         distiller.set_weights({"label": 0.0, "hard": 0.0} | {name: 1.0})
         student.zero_grad()
         distiller(batch[0], targets).loss.backward()
-        touched[name] = {head for head in ("head", "head_dist") if student.get_submodule(head).weight.grad.any()}
+        gradients = {head: student.get_submodule(head).weight.grad for head in ("head", "head_dist")}
+        touched[name] = {head for head, gradient in gradients.items() if gradient is not None and gradient.any()}
     assert touched == {"label": {"head"}, "hard": {"head_dist"}}
     seen = {}
     for head in ("head", "head_dist"):
