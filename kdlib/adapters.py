@@ -7,6 +7,7 @@ map ``(B, C, H, W)``, embedding ``(B, C)`` (mean over space), logits ``(B, K)``,
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -129,6 +130,9 @@ class _KeepOrder(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         back = [ctx.order.index(axis) for axis in range(gradient.ndim)]
         return gradient.permute(ctx.order).contiguous().permute(back)
+
+
+_KeepOrder.forward.__signature__ = inspect.signature(_KeepOrder.forward)  # type: ignore[attr-defined]  # as in kl
 
 
 def _keeping_order(x: Tensor) -> Tensor:

@@ -124,7 +124,7 @@ HELP = [
     "--labels 'at the start' 'soft targets' imitation 'imitation, initial weights' "
     "--data name=fashion-mnist-5k image_size=64 --stage 2 --out field.json",
     "python benchmarks/step.py --budget 540 --jobs 6 --out benchmarks/results/step.json",
-    "python benchmarks/step.py --cpu --rounds 60 --who floor 'by hand' kdlib --out benchmarks/results/step_cpu.json",
+    "python benchmarks/step.py --cpu --rounds 200 --who floor 'by hand' kdlib --out benchmarks/results/step_cpu.json",
     "python benchmarks/scaling.py --processes 1 2 --out benchmarks/results/scaling.json",
     "kdlib shards /data/set train='train-*.tar' …",
     "kdlib shards /data/set train='train-*.tar' validation='val-*.tar' --classes names.txt",

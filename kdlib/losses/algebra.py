@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -68,6 +69,9 @@ class _KL(torch.autograd.Function):
         by_q = grad * (log_q.exp() - p) if ctx.needs_input_grad[0] else None
         by_p = grad * p * (log_p - log_q).masked_fill(p == 0, 0) if ctx.needs_input_grad[1] else None
         return by_q, by_p
+
+
+_KL.forward.__signature__ = inspect.signature(_KL.forward)  # type: ignore[attr-defined]  # torch asks in every call
 
 
 def kl(log_q: Tensor, log_p: Tensor) -> Tensor:
