@@ -38,8 +38,8 @@ def find_layout(shape: Size, images: Size, prefix: int | None = None) -> str:
         return fits[0]
     if len(images) != 4:
         what = f"inputs {tuple(images)}, which are no images, cannot be told"
-    elif shape[0] != images[0]:
-        what = f"{images[0]} images cannot be told: its first axis, {shape[0]}, is not theirs"
+    elif len(shape) == 3 and _sequence_first(shape, images):
+        what = f"{images[0]} images cannot be told: not its first axis is theirs, but its second"
     else:
         found = f"it could be {' or '.join(fits)}" if fits else "none of NC, NLC, NLC+k, NCHW, NHWC fits"
         what = f"images of {images[-2]}×{images[-1]} cannot be told: {found}"
@@ -51,17 +51,20 @@ def find_layout(shape: Size, images: Size, prefix: int | None = None) -> str:
 
 def fitting_layouts(shape: Size, images: Size, prefix: int | None = None) -> list[str]:
     """All that ``find_layout`` would choose from; empty where nothing fits."""
-    if shape[0] != images[0]:
-        return []
     if len(shape) == 2:
         return ["NC"]
     if len(images) == 4 and len(shape) == 4:
         return [n for n, hw in (("NCHW", shape[2:]), ("NHWC", shape[1:3])) if _keeps_aspect(hw[0], hw[1], images)]
-    if len(images) == 4 and len(shape) == 3:
+    if len(images) == 4 and len(shape) == 3 and not _sequence_first(shape, images):
         fits = [f"NLC+{p}" if p else "NLC" for p in PREFIXES if p < shape[1] and _grid(shape[1] - p, images)]
         likely = (f"NLC+{prefix}" if prefix else "NLC", "NLC+1")  # as told, or no prefix, or a class token alone
         return next(([layout] for layout in likely if layout in fits), fits)
     return []
+
+
+def _sequence_first(shape: Size, images: Size) -> bool:
+    """Not windows or crops, of which there are more than images; a batch of their number in the second axis."""
+    return shape[0] != images[0] and shape[1] == images[0]
 
 
 def _keeps_aspect(height: int, width: int, images: Size) -> bool:
@@ -143,7 +146,8 @@ def _keeping_order(x: Tensor) -> Tensor:
 def _resized(x: Tensor, size: tuple[int, int], mode: str) -> Tensor:
     """Maps or images ``(B, C, H, W)`` on another grid, antialiased, in their precision."""
     full = x if x.is_cuda else x.to(torch.promote_types(x.dtype, torch.float32))  # CPUs have no kernel for halves
-    return F.interpolate(full, size, mode=mode, align_corners=False, antialias=True).to(x.dtype)
+    made = F.interpolate(full, size, mode=mode, align_corners=False, antialias=True)
+    return made.to(x.dtype) if x.is_floating_point() else made
 
 
 class Project(nn.Module):
@@ -156,11 +160,16 @@ class Project(nn.Module):
     """
 
     def __init__(
-        self, c_in: int, c_out: int, grid: tuple[int, int] | None = None, size: tuple[int, int] | None = None
+        self,
+        c_in: int,
+        c_out: int,
+        grid: tuple[int, int] | None = None,
+        size: tuple[int, int] | None = None,
+        images: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
         self.linear = nn.Linear(c_in, c_out, bias=False)
-        self.grid, self.size = grid, size
+        self.grid, self.size, self.images = grid, size, images
 
     def forward(self, x: Tensor) -> Tensor:
         if x.ndim == 4:
@@ -170,12 +179,6 @@ class Project(nn.Module):
     def _resize(self, x: Tensor) -> Tensor:
         if self.size is None or tuple(x.shape[-2:]) == self.size:
             return x
-        height, width = x.shape[-2:]
-        if self.grid is not None and not _keeps_aspect(height, width, Size(self.grid)):
-            raise ValueError(
-                f"the adapter was sized for a grid of {self.grid[0]}×{self.grid[1]}, these images make one of "
-                f"{height}×{width}: the teacher's would turn as well; give all images one aspect ratio"
-            )
         return _resized(x, self.size, "bilinear")
 
     def extra_repr(self) -> str:
@@ -186,10 +189,17 @@ def adapt(adapter: nn.Module, x: Tensor, view: str, layout: str, images: Size) -
     """A student's tensor of ``layout`` as ``view``, brought to the teacher's shape by ``adapter``.
 
     Raises:
-        ValueError: as ``view_as``.
+        ValueError: as ``view_as``; images of another aspect ratio than those that a resizing adapter was sized for.
     """
-    if view == "tokens" and isinstance(adapter, Project) and adapter.grid != adapter.size:
-        return rearrange(adapter(view_as(x, "map", layout, images)), "b c h w -> b (h w) c")
+    if isinstance(adapter, Project) and adapter.images is not None and adapter.grid != adapter.size:
+        (tall, wide), (height, width) = adapter.images, images[-2:]
+        if abs(height * wide - width * tall) > 0.1 * height * wide:
+            raise ValueError(
+                f"the adapter was sized for images of {tall}×{wide}, these are {height}×{width}: the teacher's grid "
+                "would turn with them; give all images one aspect ratio"
+            )
+        if view == "tokens":
+            return rearrange(adapter(view_as(x, "map", layout, images)), "b c h w -> b (h w) c")
     brought: Tensor = adapter(view_as(x, view, layout, images))
     return brought
 
@@ -210,11 +220,14 @@ def build_adapter(kind: Adapter, view: str, student: Size, teacher: Size, images
         raise ValueError(
             f"no adapter {kind!r}; known: 'linear', or a function (student shape, teacher shape) -> module"
         )
+    side = _pair(images[-2:]) if len(images) == 4 else None
     if view == "map":
-        return Project(student[1], teacher[1], _pair(student[2:]), _pair(teacher[2:]))
+        return Project(student[1], teacher[1], _pair(student[2:]), _pair(teacher[2:]), side)
     if view == "tokens":
-        grids = [_grid(shape[1], images) if len(images) == 4 else None for shape in (student, teacher)]
-        return Project(student[2], teacher[2], *grids)
+        ours, theirs = (_grid(shape[1], images) if side else None for shape in (student, teacher))
+        if ours is None or theirs is None:  # the loss may do with two numbers of tokens
+            return Project(student[2], teacher[2])
+        return Project(student[2], teacher[2], ours, theirs, side)
     if view in ("embedding", "logits"):
         return Project(student[1], teacher[1])
     raise ValueError(f"adapter='linear' needs view='tokens', 'map' or 'embedding', got {view!r}")
@@ -253,7 +266,8 @@ class Renormalize(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         if self.size is not None and tuple(images.shape[-2:]) != self.size:
             images = _resized(images, self.size, "bicubic")
-        return (images * self.scale + self.shift).to(images.dtype)
+        normalised = images * self.scale + self.shift
+        return normalised.to(images.dtype) if images.is_floating_point() else normalised
 
 
 def _stats(mean: Sequence[float], std: Sequence[float]) -> tuple[Tensor, Tensor]:

@@ -34,8 +34,9 @@ class Distiller(nn.Module):
 
     Everything that trains runs inside this one forward, so DDP, FSDP and ``torch.compile`` see it whole. The weights in
     force are a buffer: a schedule moves them without a recompilation. A term of weight 0 is not computed, and what it
-    alone trains has no gradient, so that no optimizer moves it; where DDP or a compiled graph makes it zero, see
-    ``idle``.
+    alone trains has no gradient, so that no optimizer moves it; under DDP see ``idle``. Where no live term reads the
+    answer, so it is with the student's last layers, but under DDP or compiled their gradient is zero: freeze a head
+    that weight decay shall not erode.
 
     Args:
         student: the model that learns.
@@ -145,51 +146,33 @@ class Distiller(nn.Module):
         live = [self.terms[i] for i in self._live]
         return logits, {term.name: self._value(term, seen, targets, images.shape) for term in live}
 
-    def idle(self, images: Tensor, targets: Mapping[str, Tensor]) -> list[nn.Parameter]:
-        """The trained parameters that no live term reaches, for a loop to set their ``grad`` to None before each step.
+    def idle(self) -> list[nn.Parameter]:
+        """What terms train that are off at present, and nothing else does.
 
-        It is None by itself in one process where nothing is compiled. DistributedDataParallel and a compiled graph make
-        it zero, and an optimizer with weight decay or momentum moves what has a gradient of zero. Ask again where a
-        term begins or ends. Where no live term reads the answer it takes a forward and a backward pass, which leave
-        gradients alone and move buffers and random numbers on. Empty where nothing is live.
+        Its gradient is None, or zero where DistributedDataParallel waits for one; and an optimizer with weight decay or
+        momentum moves what has a gradient of zero. A loop of one's own sets these to None before the optimizer's step.
         """
-        if not self._live:
-            return []
-        if self._answer_is_read():
-            return self.may_idle()
-        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        total = torch.stack(list(self.values(images, targets)[1].values())).sum()
-        found = torch.autograd.grad(total, trained, allow_unused=True)
-        return [parameter for parameter, gradient in zip(trained, found, strict=True) if gradient is None]
-
-    def may_idle(self) -> list[nn.Parameter]:
-        """Those among which ``idle`` looks: the trained parts of terms that are off, and, where no live term reads the
-        answer, the student."""
         live = [self.terms[i].name for i in self._live]
-        shared = {parameter for module in self._held(live) for parameter in module.parameters()}
-        found = dict.fromkeys(parameter for module in self._resting() for parameter in module.parameters())
-        return [parameter for parameter in found if parameter.requires_grad and parameter not in shared]
-
-    def _answer_is_read(self) -> bool:
-        return any("@output" in self.terms[i].student_taps for i in self._live)
+        off = [term.name for term in self.terms if term.name not in live]
+        used = {parameter for module in (*self._held(live), self.student) for parameter in module.parameters()}
+        found = dict.fromkeys(parameter for module in self._held(off) for parameter in module.parameters())
+        return [parameter for parameter in found if parameter.requires_grad and parameter not in used]
 
     def _held(self, names: Sequence[str]) -> list[nn.Module]:
         """What the terms of these names train besides the student."""
         keys = [_key(name) for name in names]
         return [held[key] for held in (self.adapters, self.losses) for key in keys if key in held]
 
-    def _resting(self) -> list[nn.Module]:
-        off = self._held([term.name for i, term in enumerate(self.terms) if i not in self._live])
-        return off if self._answer_is_read() else [*off, self.student]
-
     def _path(self) -> Tensor | float:
-        """Zero, with a gradient path to what may be idle, where other processes wait for its gradient, or where nothing
-        is live and a backward pass must end somewhere."""
+        """Zero, with a gradient path to what no live term may reach, where other processes wait for its gradient, or
+        where nothing is live and a backward pass must end somewhere."""
         alone = self.sharded or not (torch.distributed.is_available() and torch.distributed.is_initialized())
         if self._live and alone:
             return 0.0
-        parameters = [p for module in self._resting() for p in module.parameters() if p.requires_grad]
-        return sum((p.sum() for p in parameters), start=0.0) * 0.0
+        parameters = self.idle()
+        if not any("@output" in self.terms[i].student_taps for i in self._live):
+            parameters += [parameter for parameter in self.student.parameters() if parameter.requires_grad]
+        return sum((parameter.sum() for parameter in parameters), start=0.0) * 0.0
 
     def _value(self, term: Term, seen: Mapping[str, Tensor], targets: Mapping[str, Tensor], images: Size) -> Tensor:
         sides: list[Any] = [[self._mine(term, tap, seen, images) for tap in term.student_taps]]
@@ -246,6 +229,8 @@ def check_number(term: Term, value: Tensor) -> Tensor:
     Raises:
         ValueError: it is not one number.
     """
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return value.reshape(())  # (1,), too
     if not isinstance(value, Tensor) or value.ndim:
         given = f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(

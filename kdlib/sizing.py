@@ -95,7 +95,7 @@ def _fit(
             if t is not None and term.adapter is not None and pair.student not in adapters and s.shape != t.shape:
                 _check_alone(term, pair.student)
                 built = build_adapter(term.adapter, str(term.view), s.shape, t.shape, images.shape)
-                adapters[pair.student] = built.to(s.device, s.dtype)
+                adapters[pair.student] = built.to(s.device, _dtype(student))
             rows.append(_row(term, pair.student, pair.teacher, s, t, adapters.get(pair.student)))
             mine.append(read(term, 0, seen[pair.student], images.shape, adapters.get(pair.student)))
             theirs.append(t)
@@ -106,6 +106,11 @@ def _fit(
             _rehearse(term, mine, theirs)
         fitted.append(term)
     return Plan(tuple(fitted), tuple(rows))
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    """Of its weights; under autocast its features tell another, in which an optimizer's small steps would be lost."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
 
 
 def _check_alone(term: Term, tap: str) -> None:

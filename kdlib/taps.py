@@ -153,7 +153,7 @@ def _check(name: str, modules: dict[str, nn.Module], model: str) -> None:
     if side not in ("", "input"):
         raise ValueError(f"no tap {name!r}: after the colon only 'input' may stand, got {side!r}")
     for wrapper in ("module", "_orig_mod"):
-        if f"{wrapper}.{path}" in modules:
+        if path not in modules and f"{wrapper}.{path}" in modules:
             raise ValueError(
                 f"no tap {name!r} in {model}, which wraps the model that has it; give that model, and wrap or compile "
                 "afterwards"

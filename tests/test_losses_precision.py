@@ -234,3 +234,9 @@ def test_equal_logits_have_no_direction(loss, classes, level):
     exact, expected = measured(loss, torch.full_like(student, level, dtype=torch.float64), teacher.double())
     assert apart(value, exact) < 1e-5
     assert apart(gradient, expected) < 1e-4
+
+
+def test_one_distribution_stands_against_many() -> None:
+    q, p = (torch.randn(*shape, dtype=torch.float64).log_softmax(-1) for shape in ((5,), (3, 5)))
+    torch.testing.assert_close(kl(q, p), (p.exp() * (p - q)).sum(-1))
+    torch.testing.assert_close(torch.func.vmap(kl, (None, 0))(q, p), kl(q, p))

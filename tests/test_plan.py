@@ -12,7 +12,7 @@ from conftest import Tiny
 from torch import Size, Tensor, nn
 
 import kdlib as kd
-from kdlib.adapters import find_layout, view_as
+from kdlib.adapters import adapt, build_adapter, find_layout, view_as
 from kdlib.losses import CRD, OFD, VID, CrossEntropy, FeatureMSE, GramRelation, SoftTarget, VkD
 
 SQUARE, TALL = Size((2, 3, 64, 64)), Size((2, 3, 64, 48))
@@ -54,14 +54,25 @@ def test_an_ambiguous_layout_asks(shape: tuple[int, ...]) -> None:
     [
         ((2, 20, 16), (2, 20), "which are no images"),  # token ids: 19 tokens and one more would fit
         ((6, 32, 500), (6, 1, 4000), "which are no images"),  # a convolution over time
-        ((9, 4, 16), (4, 3, 9, 9), "4 images cannot be told: its first axis, 9, is not theirs"),  # sequence first
-        ((8, 10), (2, 3, 64, 64), "2 images cannot be told: its first axis, 8, is not theirs"),
+        ((9, 4, 16), (4, 3, 9, 9), "4 images cannot be told: not its first axis is theirs, but its second"),
     ],
 )
 def test_what_shapes_do_not_show_is_asked_for(shape: tuple[int, ...], inputs: tuple[int, ...], what: str) -> None:
     with pytest.raises(ValueError, match=rf"{what}.*; say layout=.*NLC: batch, sequence, channels"):
         find_layout(Size(shape), Size(inputs))
-    assert find_layout(Size((inputs[0], 10)), Size(inputs)) == "NC"
+    for rows in (inputs[0], 8 * inputs[0]):  # logits at each position, or of crops
+        assert find_layout(Size((rows, 10)), Size(inputs)) == "NC"
+
+
+def test_windows_and_crops_are_more_than_images() -> None:
+    assert find_layout(Size((8, 49, 16)), Size((2, 3, 56, 56))) == "NLC"
+    assert find_layout(Size((8, 16, 7, 7)), Size((2, 3, 56, 56))) == "NCHW"
+
+
+def test_tokens_that_are_no_grid_are_adapted_in_their_channels() -> None:
+    adapter = build_adapter("linear", "tokens", Size((2, 40, 8)), Size((2, 64, 12)), Size((2, 3, 32, 32)))
+    x = torch.randn(2, 40, 8)
+    torch.testing.assert_close(adapt(adapter, x, "tokens", "NLC", Size((2, 3, 32, 32))), adapter.linear(x))
 
 
 def test_views_agree_across_layouts() -> None:
@@ -296,6 +307,15 @@ def test_adapters_in_half_precision(
     assert own and all(p.grad.any() and p.dtype == images.dtype for p in own)
 
 
+def test_an_adapter_that_is_sized_under_autocast_has_the_students_precision(
+    student: nn.Module, wide: nn.Module, images: Tensor
+) -> None:
+    pairs = [kd.Pair("stages.1.blocks.1", "stages.0.blocks.1")]
+    with torch.autocast("cpu", torch.bfloat16):
+        plan = kd.fit([kd.Term("up", FeatureMSE(), pairs=pairs, adapter="linear")], student, wide, images)
+    assert {p.dtype for p in plan.terms[0].adapters["stages.1.blocks.1"].parameters()} == {torch.float32}
+
+
 def test_an_adapter_takes_tokens_in_the_grid_of_the_images_that_come() -> None:
     """Not in that of the dry run; images of another aspect ratio, whose tokens may be as many, are refused."""
 
@@ -325,7 +345,7 @@ def test_an_adapter_takes_tokens_in_the_grid_of_the_images_that_come() -> None:
     plan = kd.fit([term], student, teacher, torch.randn(2, 3, 48, 64))
     distiller, ask = kd.Distiller(student, plan.terms), kd.Teacher(teacher, plan.terms)
     images = torch.randn(2, 3, 64, 48)
-    with pytest.raises(ValueError, match=r"'gap', student: the adapter was sized for a grid of 12×16, .* 16×12"):
+    with pytest.raises(ValueError, match=r"'gap', student: the adapter was sized for images of 48×64, these are 64×48"):
         distiller(images, ask(images))
 
 
@@ -363,6 +383,8 @@ def test_a_layout_that_one_pair_shows_holds_for_all() -> None:
 def test_images_are_renormalised_in_their_own_precision(images: Tensor) -> None:
     bridge = kd.Renormalize((0.5,) * 3, (0.2,) * 3, (0.4,) * 3, (0.1,) * 3, size=(12, 12))
     exact = bridge(images)
+    whole = torch.randint(256, (2, 3, 16, 16), dtype=torch.uint8)
+    torch.testing.assert_close(bridge(whole), bridge(whole.float()), atol=0.1, rtol=1e-3)
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
         made = bridge(images.to(dtype))
         assert made.dtype == dtype

@@ -56,7 +56,7 @@ class _KL(torch.autograd.Function):
         # the first form keeps its digits near equality, the second does not overflow; in place, one after the other,
         # they take the memory of one
         near = gap.expm1().sub_(gap).mul_(p).masked_fill_(far, 0).sum(-1)
-        return near + log_q.exp().addcmul_(p, gap.add_(1), value=-1).masked_fill_(~far, 0).sum(-1)
+        return near + torch.addcmul(log_q.exp(), p, gap.add_(1), value=-1).masked_fill_(~far, 0).sum(-1)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:

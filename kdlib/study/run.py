@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -94,12 +94,15 @@ def _alone(folder: Path) -> Iterator[None]:
     Raises:
         ConfigError: there is one, or the folder cannot be made.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with held(folder):
-            yield
-    except BlockingIOError as error:
-        raise ConfigError([f"--out: {error}; wait until that study ends, or give this one another folder"]) from None
+    with ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(held(folder))
+        except BlockingIOError as error:
+            raise ConfigError([f"--out: {error}; wait until that study ends, or name another folder"]) from None
+        except OSError as error:
+            raise ConfigError([f"--out: {folder} cannot be written to ({error.strerror}); name another"]) from None
+        yield
 
 
 def _share(recipe: Recipe, jobs: int) -> Recipe:

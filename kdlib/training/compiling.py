@@ -74,7 +74,7 @@ def rehearse(
     compile_whole(list(modules.values()), None)  # what was compiled before would fail in the name of the first
     failed = try_each(step, modules, lambda module: compile_whole([module], mode), device)
     if failed:
-        with unchanged(list(modules.values()), device), as_they_are(modules.values()):
+        with unchanged(list(modules.values()), device), _as_they_are(modules.values()):
             step()  # what it raises is not the compiler's fault
     why = "; ".join(f"{name}: {reason}" for name, reason in failed.items())
     if len(failed) == len(modules):
@@ -84,13 +84,15 @@ def rehearse(
 
 
 @contextmanager
-def as_they_are(modules: Iterable[nn.Module]) -> Iterator[None]:
+def _as_they_are(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Without what was compiled, which comes back afterwards."""
     compiled = [(module, module._compiled_call_impl) for module in modules]
     compile_whole([module for module, _ in compiled], None)
-    yield
-    for module, call in compiled:
-        module._compiled_call_impl = call
+    try:
+        yield
+    finally:
+        for module, call in compiled:
+            module._compiled_call_impl = call
 
 
 def runs(step: Callable[[], object], modules: Mapping[str, nn.Module], device: torch.device) -> bool:

@@ -15,11 +15,8 @@ from ..distiller import Distilled, Distiller
 from ..teacher import Teacher
 from . import compiling
 from .graphs import Graphs, try_graphs
-from .unchanged import unchanged
 
 Batch = tuple[Tensor, dict[str, Tensor]]
-FEW = 16
-"""Images that reach what a batch of any size does, in a pass that is not compiled and must not take more memory."""
 
 
 @dataclass
@@ -48,8 +45,6 @@ class Passes:
     def try_out(self, batch: Callable[[], Batch]) -> list[str]:
         """Compiles and records for the terms that are on, unless they were on before; leaves no other trace.
 
-        Where what these terms do not reach gets a gradient of zero all the same, it finds out what that is.
-
         What cannot be compiled or recorded with them runs as it is from now on: the run does not end for it.
 
         Args:
@@ -62,8 +57,7 @@ class Passes:
             Exception: whatever a step raises that is not compiled.
         """
         if (live := self.distiller.live()) not in self._idle:
-            zeros = (self.mode is not None or torch.distributed.is_initialized()) and not self.distiller.sharded
-            self._idle[live] = self._find_idle(*batch()) if zeros and self.distiller.may_idle() else []
+            self._idle[live] = self.distiller.idle()
         if live in self._tried or (self.mode is None and not self.records):
             return []
         first, self._tried = not self._tried, self._tried | {live}
@@ -89,12 +83,6 @@ class Passes:
             told += [line] if first or not self.records else []
         return told
 
-    def _find_idle(self, images: Tensor, targets: dict[str, Tensor]) -> list[nn.Parameter]:
-        few = {name: value[:FEW] for name, value in targets.items()}
-        alone = unchanged([self.distiller], images.device, gradients=False)
-        with compiling.as_they_are(self.modules.values()), alone, self.accelerator.autocast():
-            return self.distiller.idle(*self.with_teacher(images[:FEW], few))
-
     def forget(self) -> None:
         """The gradients that are there are no longer these."""
         if self.graphs is not None:
@@ -111,7 +99,7 @@ class Passes:
             compiling.keep_gradients(self.distiller)
         if self.accelerator.sync_gradients:
             for parameter in self._idle.get(self.distiller.live(), ()):
-                parameter.grad = None  # it is zero, and would be decayed and averaged all the same
+                parameter.grad = None  # zero, or of before: it would be decayed and averaged all the same
         return out
 
     def backward(self, images: Tensor, targets: dict[str, Tensor]) -> Distilled:
