@@ -146,6 +146,8 @@ TOLD = {
     "as here": None, "gone": "teachers.wide.weights: the data of the run that made them cannot be opened",
     "not a run": "mean (0.5, 0.5, 0.5), std (0.5, 0.5, 0.5)",
     "elsewhere": "mean (0.5, 0.5, 0.5), std (0.5, 0.5, 0.5)",
+    "of another program": "mean (0.5, 0.5, 0.5), std (0.5, 0.5, 0.5)",
+    "moved": "mean (0.485, 0.456, 0.406), std (0.229, 0.224, 0.225)",
 }  # fmt: skip
 
 
@@ -153,7 +155,10 @@ TOLD = {
 def test_weights_of_a_run_get_images_as_the_run_had_them_and_others_as_timm_says(
     what: str, place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data = {"own": OWN, "gone": "{name: torch/nowhere}", "imagenet": "{name: folder}"}.get(what, HERE)
+    data = {
+        "own": OWN, "gone": "{name: torch/nowhere}", "imagenet": "{name: folder}",
+        "of another program": "{dataset: cifar100}", "moved": "{name: wds/, root: /moved}",
+    }.get(what, HERE)  # fmt: skip
     run = place / "runs" / "big"
     run.mkdir(parents=True)
     config = "- no: run" if what == "not a run" else f"student: {{name: test_resnet}}\ndata: {data}"

@@ -15,8 +15,9 @@ from torch import nn
 from .. import schedules, terms
 from ..adapters import Renormalize
 from ..config import ConfigError, one_line
-from ..data import Augment, Data
+from ..data import IMAGENET_MEAN, IMAGENET_STD, Augment, Data
 from ..data import load as load_data
+from ..data.fashion import FASHION_MEAN, FASHION_STD
 from ..pairing import Pair, pair
 from ..teacher import Panel
 from .schema import Named, Optimizer, Recipe, Term
@@ -25,8 +26,6 @@ from .wording import nearest
 
 USUAL = ("in_chans", "num_classes", "drop_rate", "drop_path_rate", "pretrained")
 """Arguments that most models of timm take; a hint for a misspelt one."""
-STATISTICS = ("name", "root", "splits", "classes")
-"""Arguments of the data on which their mean and standard deviation depend, where these are not given."""
 
 
 def open_data(recipe: Recipe, device: torch.device, rank: int, world_size: int) -> Data:
@@ -176,14 +175,20 @@ def expects(
 def _statistics(
     theirs: Mapping[str, Any], ours: Mapping[str, Any], data: Data, where: str
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Those of the data of another run, which are opened only where they neither say them nor are this one's."""
+    """Those of the data of another run, which are opened only where they were measured on others than this one's."""
+    if theirs.get("mean") is not None and theirs.get("std") is not None:
+        return tuple(theirs["mean"]), tuple(theirs["std"])
+    name = theirs["name"]
+    if name.startswith("fashion-mnist"):
+        return FASHION_MEAN, FASHION_STD
+    if not name.startswith("torch/"):  # files and shards
+        return IMAGENET_MEAN, IMAGENET_STD
+    if ours.get("mean") is None and all(theirs.get(key) == ours.get(key) for key in ("name", "splits")):
+        return data.mean, data.std
+    given = {key: theirs[key] for key in ("name", "root", "splits") if theirs.get(key) is not None}
     try:
-        if theirs.get("mean") is not None:
-            return tuple(map(float, theirs["mean"])), tuple(map(float, theirs["std"]))
-        given = {key: theirs[key] for key in STATISTICS if theirs.get(key) is not None}
-        other = data if all(given.get(key) == ours.get(key) for key in (*STATISTICS, "mean")) else None
-        other = other or load_data(**given, batch_size=1, device="meta")
-    except (KeyError, TypeError, ValueError, OSError) as error:
+        other = load_data(**given, batch_size=1, device="meta")
+    except (TypeError, ValueError, OSError) as error:
         told = f"the data of the run that made them cannot be opened ({one_line(error)})"
         raise ConfigError([f"{where}.weights: {told}; say how they are normalised by {where}.mean and std"]) from None
     return other.mean, other.std

@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..config import ConfigError, one_line
+from ..data.by_name import NAMES
+from ..data.sources import STREAMS, TIMM
 from ..files import STUDENT
 from ..yaml12 import YAMLError, parse
 from .wording import short
@@ -121,13 +123,15 @@ def digest(path: Path) -> str:
 
 
 def trained_on(path: Path) -> Mapping[str, Any] | None:
-    """``data`` of the run in whose folder a file of weights lies; None where it lies in no such folder."""
+    """``data`` of the run of kdlib in whose folder a file of weights lies; None where it lies in no such folder."""
     try:  # by the file's name besides: the config of what is about to run may lie beside a file from anywhere
         config = parse((path.parent / "config.yaml").read_text("utf-8")) if path.name.startswith("student") else None
     except (OSError, UnicodeDecodeError, YAMLError):
         return None
     data = config.get("data") if isinstance(config, dict) and "student" in config else None
-    return data if isinstance(data, dict) else None
+    if not isinstance(data, dict) or not isinstance(data.get("name"), str):
+        return None
+    return data if data["name"].startswith((*NAMES, *TIMM, *STREAMS)) else None
 
 
 def shared(student: nn.Module, teacher: nn.Module) -> list[str]:

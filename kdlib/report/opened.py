@@ -173,12 +173,14 @@ def _initial(
 
 
 def _prepare(recipe: Recipe, data: Data, teachers: dict[str, Member]) -> None:
-    """Gives each teacher that is there the module that bridges its input."""
+    """Gives each teacher that is there the module that bridges its input; one whose input is not known is set aside."""
     there = {name: member.net for name, member in teachers.items() if member.net is not None}
-    specs = {name: spec for name, spec in recipe.teachers.items() if name in there}
-    modules = build.build_prepare(recipe.model_copy(update={"teachers": specs}), data, Panel(there))
-    for name, module in modules.items():
-        teachers[name].prepare = module
+    for name, net in there.items():
+        only = recipe.model_copy(update={"teachers": {name: recipe.teachers[name]}})
+        try:
+            teachers[name].prepare = build.build_prepare(only, data, Panel({name: net})).get(name)
+        except ConfigError as error:
+            teachers[name].net, teachers[name].missing = None, "; ".join(error.lines)
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
