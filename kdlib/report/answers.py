@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..recipe.probe import judged
 from .opened import Opened
 
 
@@ -40,6 +41,23 @@ def answers(opened: Opened) -> Answers:
                 logits[member.what].append(member.net(given).float().cpu())
     order = torch.cat(opened.data.test.batches.rows(0)).argsort()
     return Answers(torch.cat(labels)[order], {what: torch.cat(parts)[order] for what, parts in logits.items()})
+
+
+def set_aside(opened: Opened, given: Answers) -> None:
+    """Takes answers that are none out of all that follows: models with NaN, whose first, mostly class 0, would be their
+    answer; and the answers of teachers of other classes, whose features are looked at all the same.
+    """
+    for member in opened.members:
+        logits = given.logits.get(member.what)
+        if logits is not None and (lost := int(logits.isnan().any(1).sum())):
+            del given.logits[member.what]
+            member.net, member.missing = None, f"it answers NaN to {lost:,} of {len(logits):,} test images"
+    for name, member in opened.teachers.items():
+        spec, logits = opened.recipe.teachers[name], given.logits.get(member.what)
+        if member.net is None or logits is None or judged(spec, member.net, logits, len(opened.data.classes)):
+            continue
+        del given.logits[member.what]
+        member.note = "its weights tell other classes apart than the data, so it has no accuracy"
 
 
 def test_images(opened: Opened, places: Sequence[int]) -> dict[int, Tensor]:

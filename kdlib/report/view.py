@@ -6,12 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..config import one_line
-from ..recipe.probe import judged
 from ..results import count_parameters
 from ..training import runfolder
 from ..yaml12 import dump
 from . import figures, plots
-from .answers import Answers, answers
+from .answers import Answers, answers, set_aside
 from .changes import changes
 from .opened import Member, Opened, metrics
 from .similarity import similarity
@@ -88,7 +87,7 @@ class View:
 def look(opened: Opened, number: int, alone: bool) -> View:
     """Measures a run. ``number`` is its place among the runs of the page, ``alone`` whether it is the only one."""
     given = answers(opened)
-    _set_aside(opened, given)
+    set_aside(opened, given)
     term_lines = _term_lines(opened)
     view = View(
         opened.name,
@@ -114,23 +113,6 @@ def look(opened: Opened, number: int, alone: bool) -> View:
     except (ValueError, RuntimeError) as error:
         view.notes["time"] = f"A step could not be timed: {one_line(error)}."
     return view
-
-
-def _set_aside(opened: Opened, given: Answers) -> None:
-    """Takes answers that are none out of all that follows: models with NaN, whose first, mostly class 0, would be their
-    answer; and the answers of teachers of other classes, whose features are looked at all the same.
-    """
-    for member in opened.members:
-        logits = given.logits.get(member.what)
-        if logits is not None and (lost := int(logits.isnan().any(1).sum())):
-            del given.logits[member.what]
-            member.net, member.missing = None, f"it answers NaN to {lost:,} of {len(logits):,} test images"
-    for name, member in opened.teachers.items():
-        spec, logits = opened.recipe.teachers[name], given.logits.get(member.what)
-        if member.net is None or logits is None or judged(spec, member.net, logits, len(opened.data.classes)):
-            continue
-        del given.logits[member.what]
-        member.note = "its weights tell other classes apart than the data, so it has no accuracy"
 
 
 def _say_missing(view: View) -> None:
