@@ -63,7 +63,8 @@ def fitting_layouts(shape: Size, images: Size, prefix: int | None = None) -> lis
 
 
 def _sequence_first(shape: Size, images: Size) -> bool:
-    """Not windows or crops, of which there are more than images; a batch of their number in the second axis."""
+    """Whether the images stand in the second axis, and not in the first; windows and crops of them, which are more,
+    stand in the first."""
     return shape[0] != images[0] and shape[1] == images[0]
 
 
@@ -92,8 +93,9 @@ def view_as(x: Tensor, view: str, layout: str, images: Size) -> Tensor:
     if layout == "NC" and view in ("logits", "embedding"):
         return x
     if layout == "NC" or view == "logits":
+        dense = " (of logits at each position: docs/howto/sequences.md)" if view == "logits" else ""
         raise ValueError(
-            f"a tensor {tuple(x.shape)} of layout {layout} cannot be read as {view}; choose another view or tap"
+            f"a tensor {tuple(x.shape)} of layout {layout} cannot be read as {view}; choose another view or tap{dense}"
         )
     if layout.startswith("NLC"):
         x = x[:, int(layout[4:] or 0) :]

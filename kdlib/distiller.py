@@ -206,9 +206,9 @@ def read(term: Term, side: int, x: Tensor, images: Size, adapter: nn.Module | No
     assert term.view is not None
     try:
         layout = term.layouts()[side] or find_layout(x.shape, images)
-        return (
-            view_as(x, term.view, layout, images) if adapter is None else adapt(adapter, x, term.view, layout, images)
-        )
+        if adapter is not None:
+            return adapt(adapter, x, term.view, layout, images)
+        return view_as(x, term.view, layout, images)
     except ValueError as error:
         raise ValueError(f"term {term.name!r}, {('student', 'teacher')[side]}: {error}") from None
 
@@ -229,15 +229,13 @@ def check_number(term: Term, value: Tensor) -> Tensor:
     Raises:
         ValueError: it is not one number.
     """
-    if isinstance(value, Tensor) and value.numel() == 1:
-        return value.reshape(())  # (1,), too
-    if not isinstance(value, Tensor) or value.ndim:
+    if not isinstance(value, Tensor) or value.numel() != 1:
         given = f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(
             f"term {term.name!r}: its loss gives {given}, not one number, a tensor (); set its reduction='mean', or "
             "return its .mean()"
         )
-    return value
+    return value.reshape(())  # (1,), too
 
 
 def _check_targets(live: Sequence[Term], targets: Mapping[str, Tensor]) -> None:

@@ -15,6 +15,8 @@ from .pairing import Pair
 from .schedules import ALWAYS, Schedule
 
 VIEWS = get_args(View)
+NAME = re.compile(r"[A-Za-z_][\w-]*")
+"""What a term may be called."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Term:
     """Over pairs."""
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[A-Za-z_][\w-]*", self.name):
+        if not NAME.fullmatch(self.name):
             raise ValueError(f"a term's name is a plain word (letters, digits, _ and -), got {self.name!r}")
         if isinstance(self.loss, type):
             raise TypeError(f"term {self.name!r}: its loss is the class {self.loss.__name__}; make one of it, with ()")

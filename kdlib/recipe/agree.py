@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterator
 from itertools import pairwise
 from math import ceil
@@ -16,6 +15,7 @@ from .. import schedules
 from ..config import Key, one_line
 from ..losses import LOSSES
 from ..teacher import TAKEN
+from ..terms import NAME
 from .build import build_optimizer, build_schedule
 from .schema import Loss, Named, Recipe, Term
 from .wording import nearest, short
@@ -78,7 +78,7 @@ def _terms(recipe: Recipe, unsound: Collection[str]) -> Iterator[tuple[Key, str]
         yield ("terms",), "there are no terms; give at least one, e.g. {label: {loss: cross_entropy}}"
     for name, term in recipe.terms.items():
         key: Key = ("terms", name)
-        if not re.fullmatch(r"[A-Za-z_][\w-]*", name):
+        if not NAME.fullmatch(name):
             yield key, f"a term's name is a plain word of letters, digits, _ and - (got {short(name)})"
         last = getattr(term.slope, "until", None)
         if schedules.moment(term.until, recipe.epochs) <= schedules.moment(term.start, recipe.epochs):
