@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -63,6 +64,20 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
         for parameter in model.parameters():
             parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
     return model
+
+
+def strike_down(run: Any, epoch: int, batch: int) -> None:
+    """Runs a ``Training`` until it fails before a batch, as where a machine is gone."""
+    plain = run._step
+
+    def step(*given: Any) -> None:
+        if (run.at.epoch, run.at.batch) == (epoch, batch):
+            raise RuntimeError("the machine is gone")
+        plain(*given)
+
+    run._step = step
+    with pytest.raises(RuntimeError, match="the machine is gone"):
+        run.run()
 
 
 def interpreted(script: str) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import Tiny, randomise
+from conftest import Tiny, randomise, strike_down
 from test_synchronisation import CASES, training
 from torch import Tensor
 
@@ -115,16 +115,7 @@ def test_a_recorded_run_that_was_stopped_ends_as_one_that_was_not(
 
     (whole := begin("whole")).run()
     first = begin("stopped")
-    plain = first._step
-
-    def step(images: Tensor, targets: dict[str, Tensor]) -> None:
-        if (first.at.epoch, first.at.batch) == (1, 4):
-            raise RuntimeError("the machine is gone")
-        plain(images, targets)
-
-    first._step = step  # type: ignore[method-assign]
-    with pytest.raises(RuntimeError, match="the machine is gone"):
-        first.run()
+    strike_down(first, epoch=1, batch=4)
     assert first.passes.graphs is not None, "it was not recorded at all"
     second = begin("stopped")
     second.run()
